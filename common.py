@@ -1,0 +1,805 @@
+"""What every script here is built from: the SiT blocks, interpolants and samplers, frozen teachers, the reader of data.
+
+Conventions, the same in all files (they are REPA's; the SiT paper's own time runs the other way):
+    t = 0 is data, t = 1 is noise        x_t = a(t) x + s(t) noise        v = dx_t/dt = a'(t) x + s'(t) noise
+    x clean input, x_t noisy, t time (B,), v velocity, y label (num_classes is the null label), c conditioning,
+    h hidden tokens, z teacher features.  B batch, N tokens, D width, C channels, H W, K teacher width.
+There is no training loop, no loss of a method and no command line here.
+"""
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import pickle
+import signal
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import distributed as dist
+from tqdm import tqdm
+
+
+def fail(message):
+    """Stop the program with one line that names the remedy; of the ranks on one machine only the first speaks."""
+    raise SystemExit(f"error: {message}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+
+
+def say(message):
+    """Print a line once for all ranks, above a progress bar if there is one."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(message)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SiT: a transformer on image patches, conditioned on time and label by adaptive layer norm (arXiv 2401.08740).
+# Parameter names follow the official SiT and REPA checkpoints, which load with strict=True.
+# ---------------------------------------------------------------------------------------------------------------------
+SIT_SIZES = {"toy": dict(hidden_size=96, depth=4, num_heads=4, patch_size=4)} | {
+    f"SiT-{name}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
+    for name, width, depth, heads in [("S", 384, 12, 6), ("B", 768, 12, 12), ("L", 1024, 24, 16), ("XL", 1152, 28, 16)]
+    for patch in (2, 4, 8)}
+
+
+def modulate(h, shift, scale):
+    """Adaptive layer norm's affine map: tokens h (B,N,D), shift and scale (B,D)."""
+    return h * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def timestep_embedding(t, dim=256, max_period=10000):
+    """Sinusoids of the raw time t (B,) in [0,1], cosines first: (B,dim)."""
+    freqs = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    args = t.float()[:, None] * freqs
+    return torch.cat([args.cos(), args.sin()], dim=-1)
+
+
+def sincos_pos_embed_2d(dim, grid):
+    """Fixed 2-D position table (grid*grid, dim), float64: the first half of the channels encodes the column."""
+    omega = 1 / 10000 ** (np.arange(dim // 4) / (dim / 4))
+    row, column = np.divmod(np.arange(grid * grid), grid)
+    angles = [np.outer(position, omega) for position in (column, row)]
+    return torch.from_numpy(np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1))
+
+
+def init_linear(module):
+    """Xavier-uniform weight and zero bias for a Linear; for nn.Module.apply."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class FP32Sequential(nn.Sequential):
+    """A Sequential that leaves autocast: bf16 would round the time embedding by more than a sampler step changes it."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+class PatchEmbed(nn.Module):
+    """Image (B,C,H,W) to patch tokens (B,N,D), row by row."""
+
+    def __init__(self, patch_size, in_channels, hidden_size):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+        nn.init.xavier_uniform_(self.proj.weight.view(hidden_size, -1))  # as if it were a Linear
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B,D,h,w) -> (B,N,D)
+
+
+class TimestepEmbedder(nn.Module):
+    """Time t (B,) to a vector (B,D)."""
+
+    def __init__(self, hidden_size, frequency_size=256):
+        super().__init__()
+        self.frequency_size = frequency_size
+        self.mlp = FP32Sequential(
+            nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t):
+        return self.mlp(timestep_embedding(t, self.frequency_size))
+
+
+class LabelEmbedder(nn.Module):
+    """Label y (B,) to a vector (B,D); row num_classes is the null label of classifier-free guidance."""
+
+    def __init__(self, num_classes, hidden_size):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens (B,N,D)."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, h):
+        B, N, D = h.shape
+        q, k, v = self.qkv(h).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B,heads,N,D/heads)
+        h = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(D/heads)) v
+        return self.proj(h.transpose(1, 2).reshape(B, N, D))
+
+
+class Mlp(nn.Module):
+    """The token-wise GELU network of a transformer block."""
+
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, h):
+        return self.fc2(F.gelu(self.fc1(h), approximate="tanh"))
+
+
+class SiTBlock(nn.Module):
+    """Transformer block whose two branches are shifted, scaled and gated by the conditioning c (adaLN-zero)."""
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = FP32Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, h, c):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)  # each (B,D)
+        h = h + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(h), shift_a, scale_a))
+        return h + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(h), shift_m, scale_m))
+
+
+class FinalLayer(nn.Module):
+    """Tokens (B,N,D) to patches (B,N,p*p*C)."""
+
+    def __init__(self, hidden_size, patch_size, out_channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = FP32Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, h, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(h), shift, scale))
+
+
+class SiT(nn.Module):
+    """Velocity network v(x_t, t, y). A method's subclass writes its own forward from `embed`, `blocks` and `head`."""
+
+    def __init__(self, input_size=32, in_channels=4, num_classes=1000, *, hidden_size, depth, num_heads, patch_size):
+        super().__init__()
+        self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
+        self.grid = input_size // patch_size
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        pos_embed = sincos_pos_embed_2d(hidden_size, self.grid).float().unsqueeze(0)  # (1,N,D)
+        self.pos_embed = nn.Parameter(pos_embed, requires_grad=False)  # fixed, yet a Parameter in official checkpoints
+        self.blocks = nn.ModuleList([SiTBlock(hidden_size, num_heads) for _ in range(depth)])
+        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+        self.apply(init_linear)
+        for module in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(module.weight, std=0.02)
+        # adaLN-zero: every block starts as the identity, and a fresh model's velocity is exactly 0.
+        for linear in [b.adaLN_modulation[1] for b in [*self.blocks, self.final_layer]] + [self.final_layer.linear]:
+            nn.init.zeros_(linear.weight)
+
+    def embed(self, x_t, t, y):
+        """x_t (B,C,H,W), t (B,), y (B,) to tokens h (B,N,D) and conditioning c (B,D)."""
+        return self.x_embedder(x_t) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
+
+    def head(self, h, c):
+        """Tokens h (B,N,D) to the velocity (B,C,H,W), float32."""
+        h = self.final_layer(h, c).float()
+        p = self.x_embedder.proj.stride[0]
+        h = h.view(len(h), self.grid, self.grid, p, p, -1).permute(0, 5, 1, 3, 2, 4)  # (B,g,g,p,p,C) -> (B,C,g,p,g,p)
+        return h.reshape(len(h), -1, self.grid * p, self.grid * p)
+
+    def forward(self, x_t, t, y):
+        h, c = self.embed(x_t, t, y)
+        for block in self.blocks:
+            h = block(h, c)
+        return self.head(h, c)
+
+
+def convert_willisma_sit(weights):
+    """State dict of willisma/SiT (time 1 - t, 2C output channels, other sign) to ours: exactly the same function.
+
+    Putting 1 - t for t in cos(t f), sin(t f), on which the columns [Wc|Ws] act, is the angle-difference formula.
+    """
+    weights, channels = dict(weights), weights["x_embedder.proj.weight"].shape[1]
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):  # rows are (p*p, 2C): keep C, flip the sign
+        rows = weights[name]
+        weights[name] = -rows.unflatten(0, (-1, 2 * channels))[:, :channels].flatten(0, 1)
+    first = weights["t_embedder.mlp.0.weight"]
+    w_cos, w_sin = first.double().chunk(2, dim=1)
+    half = w_cos.shape[1]
+    f = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float64) / half)
+    converted = torch.cat([w_cos * f.cos() + w_sin * f.sin(), w_cos * f.sin() - w_sin * f.cos()], dim=1)
+    weights["t_embedder.mlp.0.weight"] = converted.to(first.dtype)
+    return weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoint files: tensors and plain values, nothing pickled; written whole or not at all.
+# ---------------------------------------------------------------------------------------------------------------------
+def save_checkpoint(path, state):
+    """Write under a temporary name, then rename: a kill or a full disk leaves the file before it whole."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        fail(f"could not write {path} ({str(error).splitlines()[0]}); free some disk and repeat the command: it goes "
+             f"on from the last checkpoint")
+
+
+def load_checkpoint(path):
+    """Read a checkpoint on the CPU, memory-mapped. Pickled objects are refused: opening them can run code."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    if not Path(path).is_file():
+        fail(f"no checkpoint {path}")
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        fail(f"{path} is no checkpoint, or holds pickled objects beside its tensors; if you trust its source, convert "
+             f"it once: python -c \"import torch; c = torch.load('{path}', weights_only=False); "
+             f"torch.save(c.get('ema', c), 'ema.pt')\"")
+    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
+        fail(f"{path} is no checkpoint, or is damaged ({str(error).splitlines()[0][:80]})")
+
+
+def load_weights(path):
+    """Weights of a SiT: our checkpoints' or REPA's EMA, a bare state dict, or willisma/SiT's (converted).
+
+    Returns (state dict, the checkpoint it came in).
+    """
+    checkpoint = load_checkpoint(path)
+    weights = checkpoint.get("ema", checkpoint) if isinstance(checkpoint, dict) else {}
+    if "x_embedder.proj.weight" not in weights:
+        fail(f"{path} holds no SiT weights (there is no x_embedder.proj.weight in it)")
+    if weights["final_layer.linear.bias"].numel() == 2 * weights["x_embedder.proj.weight"][0].numel():
+        weights = convert_willisma_sit(weights)
+    return weights, checkpoint
+
+
+def sit_from_weights(weights, name):
+    """The SiT of size `name` that holds these weights; image size, channels and classes are read off their shapes."""
+    hidden_size, channels, patch, _ = weights["x_embedder.proj.weight"].shape
+    depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
+    sizes = SIT_SIZES[name]
+    if (hidden_size, depth, patch) != (sizes["hidden_size"], sizes["depth"], sizes["patch_size"]):
+        fail(f"these weights have width {hidden_size}, {depth} blocks, patch {patch}; --model {name} has "
+             f"{sizes['hidden_size']}, {sizes['depth']}, {sizes['patch_size']}")
+    input_size = patch * math.isqrt(weights["pos_embed"].shape[1])
+    model = SiT(input_size, channels, len(weights["y_embedder.embedding_table.weight"]) - 1, **sizes)
+    model.load_state_dict(weights)
+    return model
+
+
+def init_from(path, model):
+    """Start `model` from a checkpoint; label table and projectors that do not fit stay fresh. Returns what is fresh."""
+    weights, shapes = load_weights(path)[0], {key: value.shape for key, value in model.state_dict().items()}
+    fits = {key: value for key, value in weights.items() if key in shapes and value.shape == shapes[key]}
+    fresh = sorted({key.split(".")[0] for key in shapes if key not in fits})
+    if not set(fresh) <= {"y_embedder", "projectors"}:
+        fail(f"{path} does not fit this model: {', '.join(fresh)} differ")
+    model.load_state_dict(fits, strict=False)
+    return fresh
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Randomness has one rule: a draw depends on the seed and on what it is for (a step, an image), never on the process that
+# makes it. So no random state is saved, and the number of ranks or of images at once changes nothing.
+# ---------------------------------------------------------------------------------------------------------------------
+def mix_seed(*numbers):
+    """One well-mixed 63-bit seed from a few integers: (seed, step) and (seed, step + 1) give unrelated streams."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def step_draws(seed, step, batch_size, run):
+    """normal(*shape) and uniform(*shape) of a training step: drawn for the global batch, cut to this rank's images."""
+    generator = torch.Generator(run.device).manual_seed(mix_seed(seed, step))
+
+    def cut(draw, *shape):
+        return draw(batch_size, *shape, generator=generator, device=run.device)[run.rank::run.world]
+    return functools.partial(cut, torch.randn), functools.partial(cut, torch.rand)
+
+
+def image_randn(seed, indices, device):
+    """randn(*shape) -> (len(indices),*shape) for sampling: every image draws from a generator of its own."""
+    generators = [torch.Generator(device).manual_seed(mix_seed(seed, int(i))) for i in indices]
+    return lambda *shape: torch.stack([torch.randn(shape, generator=g, device=device) for g in generators])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interpolants: the path from data to noise. "cosine" is what SiT calls GVP.
+# ---------------------------------------------------------------------------------------------------------------------
+def path_coefficients(t, path_type="linear"):
+    """a, s, a', s' of x_t = a x + s noise at time t (any shape)."""
+    if path_type == "linear":
+        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+    half_pi = math.pi / 2
+    a, s = torch.cos(half_pi * t), torch.sin(half_pi * t)
+    return a, s, -half_pi * s, half_pi * a
+
+
+def interpolate(x, noise, t, path_type="linear"):
+    """Noisy input x_t and target velocity v, both shaped as x (B,...), at times t (B,)."""
+    a, s, da, ds = path_coefficients(t.view(-1, *[1] * (x.ndim - 1)), path_type)
+    return a * x + s * noise, da * x + ds * noise
+
+
+def lognormal_time(normal, path_type="linear"):
+    """Times (B,) whose noise-to-data ratio exp(normal) is log-normal, from standard normal draws (B,)."""
+    sigma = normal.exp()
+    return sigma / (1 + sigma) if path_type == "linear" else 2 / math.pi * torch.atan(sigma)
+
+
+def velocity_to_score(v, x_t, t, path_type="linear"):
+    """Score grad log p_t(x_t) from the velocity; t broadcasts against x_t. Linear path: -((1-t) v + x_t) / t."""
+    a, s, da, ds = path_coefficients(t, path_type)
+    ratio = a / da
+    return (ratio * v - x_t) / (s * s - ratio * ds * s)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samplers: from noise (t=1) to data (t=0), along the probability-flow ODE or the reverse SDE with diffusion w(t) = 2t.
+# They are REPA's (steps, grids, last step), with the null label and the noise as arguments.
+# ---------------------------------------------------------------------------------------------------------------------
+LAST_SDE_STEP = 0.04  # the SDE's last step, 0.04 -> 0, adds no noise (SiT and REPA)
+
+
+@torch.no_grad()
+def sample(model, noise, y, y_null, *, mode="ode", num_steps=50, heun=False, path_type="linear",
+           cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0, randn=None):
+    """Integrate v = model(x, t, y) from noise to data; returns what `noise` is: a tensor (B,...) or a tuple of tensors.
+
+    A tuple is one joint state (an image and its class token, say), with one guidance scale each. y and y_null (B,...)
+    are the condition and the null condition; guidance v_null + cfg_scale (v - v_null) acts for guidance_low <= t <=
+    guidance_high where the first scale is above 1, and outside the network runs on the conditional half only.
+    randn(*shape) -> (B,*shape) gives the SDE's noise. Network evaluations: Euler num_steps, Heun 2 num_steps - 1.
+    """
+    is_tuple = isinstance(noise, tuple)
+    states = noise if is_tuple else (noise,)
+    scales = cfg_scale if isinstance(cfg_scale, tuple) else (cfg_scale,) * len(states)
+    device, batch = states[0].device, len(states[0])
+    # The state is kept in float64, so that hundreds of small steps add no rounding (MPS has none).
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    states = tuple(x.to(dtype) for x in states)
+
+    def slopes(states, t, guided):
+        """dx/dt of each state at time t, guided if asked: the velocity, or the drift of the reverse SDE."""
+        inputs = tuple(torch.cat([x, x]) if guided else x for x in states)
+        inputs = tuple(x.float() for x in inputs)
+        times = torch.full((len(inputs[0]),), t, device=device)
+        out = model(inputs if is_tuple else inputs[0], times, torch.cat([y, y_null]) if guided else y)
+        velocities = [v.to(dtype) for v in (out if is_tuple else (out,))]
+        if guided:
+            velocities = [v[batch:] + g * (v[:batch] - v[batch:]) for v, g in zip(velocities, scales)]
+        if mode == "ode":
+            return velocities
+        # dx = (v - w/2 score) dt + sqrt(w) dW with w = 2t
+        t = torch.tensor(t, dtype=dtype, device=device)
+        return [v - t * velocity_to_score(v, x, t, path_type) for v, x in zip(velocities, states)]
+
+    if mode == "ode":
+        times = np.linspace(1, 0, num_steps + 1).tolist()
+    else:
+        times = np.linspace(1, LAST_SDE_STEP, num_steps).tolist() + [0.0]
+    for step, (t, t_next) in enumerate(zip(times, times[1:])):
+        dt, last = t_next - t, step == num_steps - 1
+        guided = scales[0] > 1 and guidance_low <= t <= guidance_high
+        kicks = [0.0] * len(states)
+        if mode == "sde" and not last:
+            kicks = [math.sqrt(2 * t * -dt) * randn(*x.shape[1:]).to(dtype) for x in states]
+        if heun:  # stochastic Heun adds the noise first
+            states, kicks = tuple(x + kick for x, kick in zip(states, kicks)), [0.0] * len(states)
+        d = slopes(states, t, guided)
+        if heun and not last:  # the mean of the slopes at both ends; guidance is decided at the first end, as in REPA
+            d_next = slopes(tuple(x + dt * d_i for x, d_i in zip(states, d)), t_next, guided)
+            d = [(a + b) / 2 for a, b in zip(d, d_next)]
+        states = tuple(x + dt * d_i + kick for x, d_i, kick in zip(states, d, kicks))
+    states = tuple(x.float() for x in states)
+    return states if is_tuple else states[0]
+
+
+def sample_npz(path, generate, labels, seed, batch_size, run):
+    """One image per label (N,), on all ranks, into an .npz of arr_0 (N,H,W,3) uint8 and labels: ADM's layout.
+
+    generate(y, randn) -> {"arr_0": (B,H,W,3) uint8}, one batch; further keys are stored beside it. Each rank fills
+    files of its own on disk (50,000 images of 256 px are 9.8 GB); rank 0 merges them under the final name.
+    """
+    path, mine, parts = Path(path), range(run.rank, len(labels), run.world), {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    create = functools.partial(np.lib.format.open_memmap, mode="w+")
+
+    def part_file(key, rank):
+        return path.with_name(f".{path.stem}.{key}.{rank}.npy")
+
+    with tqdm(total=len(mine), desc=f"sampling {path.name}", unit="img", disable=True if run.rank else None) as bar:
+        for start in range(0, len(mine), batch_size):
+            indices = list(mine[start:start + batch_size])
+            batch = generate(labels[indices].to(run.device), image_randn(seed, indices, run.device))
+            for key, value in batch.items():
+                value = value.cpu().numpy()
+                if key not in parts:
+                    shape = (len(mine), *value.shape[1:])
+                    parts[key] = create(part_file(key, run.rank), dtype=value.dtype, shape=shape)
+                parts[key][start:start + len(value)] = value
+            bar.update(len(indices))
+    for part in parts.values():
+        part.flush()
+    if run.world > 1:
+        dist.barrier()
+    if run.rank == 0:
+        merged = {}
+        for key, part in parts.items():
+            merged[key] = create(part_file(key, "all"), dtype=part.dtype, shape=(len(labels), *part.shape[1:]))
+            for rank in range(min(run.world, len(labels))):
+                merged[key][rank::run.world] = np.load(part_file(key, rank), mmap_mode="r")
+        np.savez(part_file("tmp", 0).with_suffix(".npz"), **merged, labels=labels.numpy())
+        os.replace(part_file("tmp", 0).with_suffix(".npz"), path)
+        for leftover in path.parent.glob(f".{path.stem}.*.npy"):
+            leftover.unlink()
+    if run.world > 1:
+        dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SD-VAE: the frozen autoencoder between pixels (B,3,H,W) in [-1,1] and latents (B,4,H/8,W/8).
+# Names follow diffusers' AutoencoderKL, so that the published files load with strict=True.
+# ---------------------------------------------------------------------------------------------------------------------
+LATENT_SCALE = 0.18215  # Stable Diffusion v1's scale_factor, 1 / std of its latents; not in the VAE's own config.json
+SD_VAE_META = dict(vae="sd", latent_scale=LATENT_SCALE, latent_shift=0.0)
+VAE_REPOS = {"ft-mse": "stabilityai/sd-vae-ft-mse", "ft-ema": "stabilityai/sd-vae-ft-ema"}
+# the published files are older than diffusers' present names
+OLD_ATTENTION_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised 3x3 convolutions beside a shortcut: (B,width_in,H,W) -> (B,width,H,W)."""
+
+    def __init__(self, width_in, width, groups=32):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, width_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
+
+    def forward(self, h):
+        r = self.conv1(F.silu(self.norm1(h)))
+        r = self.conv2(F.silu(self.norm2(r)))
+        return self.conv_shortcut(h) + r
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions, one head of the full width: (B,D,H,W) -> (B,D,H,W)."""
+
+    def __init__(self, width, groups=32):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.Sequential(nn.Linear(width, width))
+
+    def forward(self, h):
+        r = self.group_norm(h).flatten(2).mT.unsqueeze(1)  # (B,D,H,W) -> (B,1,N,D)
+        r = self.to_out(F.scaled_dot_product_attention(self.to_q(r), self.to_k(r), self.to_v(r)))
+        return h + r.squeeze(1).mT.reshape(h.shape)  # (B,1,N,D) -> (B,D,H,W)
+
+
+class MidBlock(nn.Module):
+    """The only attention of the SD-VAE, between two ResNet blocks, at latent resolution; keeps (B,D,h,w)."""
+
+    def __init__(self, width, groups):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(width, width, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([AttentionBlock(width, groups)])
+
+    def forward(self, h):
+        return self.resnets[1](self.attentions[0](self.resnets[0](h)))
+
+
+def halve(width):
+    """(B,D,H,W) -> (B,D,H/2,W/2); the padding is right and bottom only, as the filters were trained."""
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2)))
+
+
+def double(width):
+    """(B,D,H,W) -> (B,D,2H,2W): nearest neighbour, then a convolution that smooths it."""
+    return nn.Sequential(OrderedDict(grow=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(width, width, 3, padding=1)))
+
+
+def resnet_stages(widths, layers, groups, name, resample):
+    """A stage per width: `layers` ResNet blocks, then (but for the last stage) a resampling, kept under `name`."""
+    stages = nn.Sequential()
+    for i, width in enumerate(widths):
+        resnets = [ResnetBlock(width if j else widths[max(i - 1, 0)], width, groups) for j in range(layers)]
+        tail = [resample(width)] if i < len(widths) - 1 else []  # an empty Sequential is the identity and has no keys
+        stages.append(nn.Sequential(OrderedDict({"resnets": nn.Sequential(*resnets), name: nn.Sequential(*tail)})))
+    return stages
+
+
+class Encoder(nn.Sequential):
+    """(B,3,H,W) -> (B,2C,h,w)."""
+
+    def __init__(self, in_channels, latent_channels, widths, layers, groups):
+        super().__init__(OrderedDict(
+            conv_in=nn.Conv2d(in_channels, widths[0], 3, padding=1),
+            down_blocks=resnet_stages(widths, layers, groups, "downsamplers", halve),  # -> (B,widths[-1],h,w)
+            mid_block=MidBlock(widths[-1], groups),
+            conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6), act=nn.SiLU(),
+            conv_out=nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)))
+
+
+class Decoder(nn.Sequential):
+    """(B,C,h,w) -> (B,3,H,W): the encoder mirrored, one ResNet block more per stage."""
+
+    def __init__(self, in_channels, latent_channels, widths, layers, groups):
+        super().__init__(OrderedDict(
+            conv_in=nn.Conv2d(latent_channels, widths[-1], 3, padding=1),
+            mid_block=MidBlock(widths[-1], groups),
+            up_blocks=resnet_stages(widths[::-1], layers + 1, groups, "upsamplers", double),  # -> (B,widths[0],H,W)
+            conv_norm_out=nn.GroupNorm(groups, widths[0], eps=1e-6), act=nn.SiLU(),
+            conv_out=nn.Conv2d(widths[0], in_channels, 3, padding=1)))
+
+
+class AutoencoderKL(nn.Module):
+    """Pixels to the mean and std of a latent and back; the defaults are the SD-VAE (83.65 M parameters)."""
+
+    def __init__(self, in_channels=3, latent_channels=4, widths=(128, 256, 512, 512), layers=2, groups=32):
+        super().__init__()
+        self.encoder = Encoder(in_channels, latent_channels, widths, layers, groups)
+        self.decoder = Decoder(in_channels, latent_channels, widths, layers, groups)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+
+    def encode(self, x):
+        """x (B,3,H,W) in [-1, 1] -> mean, std (B,4,h,w) each; training uses (mean + std n) * LATENT_SCALE."""
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)  # (B,8,h,w) -> twice (B,4,h,w)
+        return mean, torch.exp(logvar.clamp(-30, 20) / 2)
+
+    def decode(self, z):
+        """z (B,4,h,w), already divided by LATENT_SCALE -> (B,3,H,W) in about [-1, 1]."""
+        return self.decoder(self.post_quant_conv(z))
+
+
+def load_vae_weights(vae, path):
+    """Fill `vae` strictly from a file in either attention naming; by assignment, so `vae` is on the CPU afterwards."""
+    weights = load_checkpoint(path)
+    for old, new in OLD_ATTENTION_NAMES.items():
+        weights = {str(name).replace(old, new): tensor for name, tensor in weights.items()}
+    want = {name: tensor.shape for name, tensor in vae.state_dict().items()}
+    have = {name: getattr(tensor, "shape", None) for name, tensor in weights.items()}
+    wrong = sorted(name for name in want | have if want.get(name) != have.get(name))
+    if wrong:
+        fail(f"{path} does not fit this VAE: {len(wrong)} names or shapes differ from diffusers', first {wrong[0]}")
+    vae.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=True, assign=True)
+
+
+def load_vae(name="ft-ema", path=""):
+    """The SD-VAE, frozen, fp32, on the CPU: from the file `path`, else ft-mse or ft-ema from the hub."""
+    if not path:
+        from huggingface_hub import errors, hf_hub_download
+        if name not in VAE_REPOS:
+            fail(f"--vae {name}: choose from {', '.join(VAE_REPOS)}, or give --vae-ckpt FILE")
+        try:
+            path = hf_hub_download(VAE_REPOS[name], "diffusion_pytorch_model.safetensors")
+        except (OSError, RuntimeError, errors.HTTPError) as error:  # RuntimeError: the hub's xet transfers
+            fail(f"cannot download {VAE_REPOS[name]} ({type(error).__name__}); with its "
+                 "diffusion_pytorch_model.safetensors from another machine: --vae-ckpt FILE")
+    with torch.device("meta"):  # no memory and no random numbers for weights that the file replaces
+        vae = AutoencoderKL()
+    load_vae_weights(vae, path)
+    return vae.eval().requires_grad_(False)
+
+
+def load_decoder(meta, name, path, device):
+    """The function x (B,C,H,W) -> images (B,H,W,3) uint8 for data as `meta` says: by the VAE where x is a latent."""
+    if meta["vae"] is None:
+        return pixels_to_uint8
+    vae = load_vae(name, path).to(device)
+    return lambda x: pixels_to_uint8(vae.decode((x - meta["latent_shift"]) / meta["latent_scale"]))
+
+
+def pixels_to_uint8(x):
+    """x (B,3,H,W) in [-1, 1] -> (B,H,W,3) uint8, truncated: REPA's rule, half a level below willisma/SiT's."""
+    return ((x.float() + 1) / 2 * 255).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frozen teachers: vision transformers of timm, or the small one that `prepare.py teacher` trains beside a data set.
+# ---------------------------------------------------------------------------------------------------------------------
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TEACHERS = {  # --enc-type: timm model. DINOv2 sees 224 px of a 256 px image: its patches of 14 then match SiT's tokens
+    "dinov2-vit-s": "vit_small_patch14_dinov2.lvd142m",
+    "dinov2-vit-b": "vit_base_patch14_dinov2.lvd142m",
+    "dinov2-vit-l": "vit_large_patch14_dinov2.lvd142m",
+    "dinov2-vit-g": "vit_giant_patch14_dinov2.lvd142m",
+    "dinov2reg-vit-b": "vit_base_patch14_reg4_dinov2.lvd142m",
+}
+
+
+class Teacher(nn.Module):
+    """Frozen vision transformer: images (B,H,W,3) uint8 to class token (B,K) and patch tokens (B,N,K), float32."""
+
+    def __init__(self, vit, mean, std, input_size):
+        super().__init__()
+        self.vit, self.input_size = vit.eval().requires_grad_(False), input_size
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    @property
+    def width(self):
+        return self.vit.embed_dim
+
+    @property
+    def grid(self):
+        return self.vit.patch_embed.grid_size[0]
+
+    def preprocess(self, images):
+        """uint8 (B,H,W,3) to normalised pixels at the teacher's input size; bicubic without antialias, as REPA."""
+        x = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        return x if x.shape[-1] == self.input_size else F.interpolate(x, self.input_size, mode="bicubic")
+
+    @torch.no_grad()
+    def forward(self, images):
+        tokens = self.vit.forward_features(self.preprocess(images)).float()
+        return tokens[:, 0], tokens[:, self.vit.num_prefix_tokens:]
+
+
+@contextlib.contextmanager
+def first_rank_first():
+    """Rank 0 goes first (it downloads, say), then the others, who find it done."""
+    waits = dist.is_initialized() and dist.get_world_size() > 1
+    if waits and dist.get_rank() > 0:
+        dist.barrier()
+    yield
+    if waits and dist.get_rank() == 0:
+        dist.barrier()
+
+
+def load_teacher(enc_type, resolution, path="", pretrained=True):
+    """Teacher by name for images of `resolution` pixels, its weights from the hub or from a local file.
+
+    "prepared" reads the file that `prepare.py teacher` wrote; the other names are the keys of TEACHERS.
+    """
+    import timm
+    if enc_type == "prepared":
+        if not Path(path).is_file():
+            fail(f"no teacher {path}; make it: python prepare.py teacher --data {Path(path).parent}")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["resolution"] != resolution:
+            fail(f"the teacher {path} was trained for {saved['resolution']} px, the data have {resolution} px")
+        vit = timm.models.vision_transformer.VisionTransformer(**saved["config"])
+        vit.load_state_dict(saved["model"])
+        return Teacher(vit, [0.5] * 3, [0.5] * 3, resolution)
+    if enc_type not in TEACHERS:
+        fail(f"unknown teacher {enc_type!r}; --enc-type is one of: prepared, {', '.join(TEACHERS)}")
+    size = 224 * resolution // 256
+    try:
+        with first_rank_first():
+            vit = timm.create_model(TEACHERS[enc_type], pretrained=pretrained, img_size=size, num_classes=0,
+                                    pretrained_cfg_overlay=dict(file=path) if path else None)
+    except (OSError, RuntimeError) as error:
+        fail(f"could not load {TEACHERS[enc_type]} ({str(error).splitlines()[0][:100]}); without internet, give a file "
+             f"of its weights by --teacher-ckpt FILE")
+    return Teacher(vit, IMAGENET_MEAN, IMAGENET_STD, size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reader of data/NAME, the folder that prepare.py writes: memory-mapped arrays, one read per image and no decoding.
+# ---------------------------------------------------------------------------------------------------------------------
+class PreparedData(torch.utils.data.Dataset):
+    """data/NAME: images (N,H,W,3) uint8, moments (N,2C,h,w) float16 where there is a VAE, labels (N,), meta.
+
+    An index is a whole batch of indices, answered by one dict of tensors. need_images=False leaves out the pixels where
+    latents are at hand: without a teacher nobody looks at them, and they are twelve times as large.
+    """
+
+    def __init__(self, path, resolution, need_images=True):
+        self.path = Path(path)
+        if not (self.path / "meta.json").is_file():
+            fail(f"no prepared data in {path}; make it: python prepare.py --images FOLDER --out {path}")
+        self.meta = json.loads((self.path / "meta.json").read_text())
+        if self.meta.get("format") != 1:
+            fail(f"{path}/meta.json has format {self.meta.get('format')}, this program reads 1: prepare the data again")
+        if self.meta["resolution"] != resolution:
+            fail(f"{path} has {self.meta['resolution']} px, the run {resolution}; "
+                 f"add --resolution {self.meta['resolution']}")
+        self.is_latent = self.meta["vae"] is not None
+        self.names = ["labels"] + ["moments"] * self.is_latent + ["images"] * (need_images or not self.is_latent)
+        for name in self.names:
+            if (rows := len(self.array(name))) != self.meta["count"]:
+                fail(f"{path}/{name}.npy has {rows} rows, meta.json says {self.meta['count']}: prepare the data again")
+        self.shape = (3, resolution, resolution)  # of x: (C,H,W)
+        if self.is_latent:
+            moments = self.array("moments")
+            self.shape = (moments.shape[1] // 2, *moments.shape[2:])
+
+    def array(self, name):
+        """One array, memory-mapped; opened at each use, for a memory map pickled to a worker would be a full copy."""
+        try:
+            return np.load(self.path / f"{name}.npy", mmap_mode="r")
+        except (OSError, ValueError) as error:
+            fail(f"{self.path}/{name}.npy is missing or truncated ({error}): prepare the data again")
+
+    def __len__(self):
+        return self.meta["count"]
+
+    def __getitem__(self, indices):
+        return {name: torch.from_numpy(self.array(name)[indices]) for name in self.names}
+
+
+class SyntheticData(PreparedData):
+    """Random images and latents of the shapes of a data set, for --bench: the same code, but for the disk."""
+
+    def __init__(self, resolution, is_latent, need_images=True, count=1024):
+        self.meta = dict(count=count, resolution=resolution, num_classes=1000, vae="random" if is_latent else None,
+                         latent_scale=1.0, latent_shift=0.0, class_names=[str(i) for i in range(1000)])
+        self.shape = (4, resolution // 8, resolution // 8) if is_latent else (3, resolution, resolution)
+        rng, rows = np.random.default_rng(0), 64
+        self.arrays = {"labels": rng.integers(0, 1000, rows)}
+        if need_images or not is_latent:
+            self.arrays["images"] = rng.integers(0, 256, (rows, resolution, resolution, 3), np.uint8)
+        if is_latent:
+            self.arrays["moments"] = rng.random((rows, 2 * self.shape[0], *self.shape[1:])).astype(np.float16)
+        self.names = list(self.arrays)
+
+    def __getitem__(self, indices):
+        return {name: torch.from_numpy(array[indices % len(array)]) for name, array in self.arrays.items()}
+
+
+def micro_batches(data, seed, batch_size, run, first_step=0, workers=0):
+    """This rank's micro-batches on its device, from step `first_step` on, without end.
+
+    The order of images is a pure function of (seed, epoch): the global batch of a step is a stretch of the shuffled
+    epochs; rank r takes every world-th image of it from r on, in pieces of run.micro_batch.
+    """
+    @functools.lru_cache(2)  # a batch touches two epochs, or the set is tiny
+    def permutation(epoch):
+        return np.random.default_rng([seed, epoch]).permutation(len(data))
+
+    def order():
+        for start in itertools.count(first_step * batch_size, batch_size):
+            indices = [permutation(i // len(data))[i % len(data)] for i in range(start, start + batch_size)]
+            yield from np.array(indices[run.rank::run.world]).reshape(-1, run.micro_batch)
+
+    loader = torch.utils.data.DataLoader(  # its sampler gives whole batches of indices
+        data, batch_size=None, sampler=order(), num_workers=workers, worker_init_fn=_ignore_interrupt,
+        pin_memory=run.device.type == "cuda")
+    for batch in loader:
+        yield {name: tensor.to(run.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _ignore_interrupt(worker):
+    """Data workers leave Ctrl-C to the main process, which saves and ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def clean_input(batch, meta, noise):
+    """x (B,C,H,W) of a batch: pixels in [-1,1], or a fresh sample of the VAE's posterior, scaled."""
+    if "moments" not in batch:
+        return batch["images"].permute(0, 3, 1, 2).float() / 127.5 - 1
+    mean, std = batch["moments"].float().chunk(2, dim=1)
+    return (mean + std * noise) * meta["latent_scale"] + meta["latent_shift"]

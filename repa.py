@@ -1,0 +1,540 @@
+"""REPA: representation alignment for diffusion transformers (Yu et al., ICLR 2025, arXiv 2410.06940).
+
+A SiT learns to denoise, and while it does, one early block must agree with a pretrained vision network: a small MLP
+maps each token's hidden state after block `encoder_depth` to the feature that a frozen teacher (DINOv2) has of the CLEAN
+image at that place. Only the blocks up to there feel it, and the MLP is thrown away: sampling is plain SiT.
+
+    L = mean |v_theta(x_t, t, y) - v|^2 - lambda mean_tokens cos(MLP(h), z)       x_t = (1-t) x + t noise, v = noise - x
+
+    python repa.py                          the toy, on any machine: data, training, samples, figures; 3 minutes
+    python repa.py --proj-coeff 0           plain SiT, the baseline: no teacher is run
+    torchrun --nproc_per_node=8 repa.py --model SiT-XL/2                      the paper's recipe, on data/imagenet256
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 repa.py --model SiT-XL/2
+    torchrun --nproc_per_node=8 repa.py --model SiT-XL/2 --sample 50000 --ckpt runs/repa-SiT-XL-2/last.pt
+    python evaluate.py runs/repa-toy/samples.npz data/toy
+
+Published for SiT-XL/2 at 256 px, SDE with 250 steps: FID 7.9 after 400K training steps and 5.9 after 4M, both without
+guidance (--cfg-scale 1); 1.42 after 4M with 1.8 on t in [0, 0.7], the defaults (the paper's Tables 4, 7, 9). Run by us:
+the toy and the checks in README.md, not ImageNet.
+
+What differs from the official code, on purpose: bf16, not fp16 with a loss scaler; the null label is num_classes, not
+1000; --cfg-prob reaches the model; --proj-coeff 0 runs no teacher; previews show the EMA and the labels asked for; a
+resumed run goes on with the same images and noise; the losses are vectorised (equal to rounding).
+"""
+import argparse
+import copy
+import datetime
+import functools
+import inspect
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal, get_args, get_origin
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from common import (SD_VAE_META, SIT_SIZES, PreparedData, SiT, SyntheticData, clean_input, fail, first_rank_first,
+                    image_randn, init_from, init_linear, interpolate, load_checkpoint, load_decoder, load_teacher,
+                    load_weights, lognormal_time, micro_batches, mix_seed, sample, sample_npz, save_checkpoint, say,
+                    sit_from_weights, step_draws)
+
+
+@dataclass
+class Config:
+    """One field is one flag. The values here are the paper's for SiT-XL/2; RECIPES holds what other models change."""
+    model: str = "toy"                                    # toy, or SiT-{S,B,L,XL}/{2,4,8}; it picks the recipe
+    data: str = "data/imagenet{resolution}"               # folder made by prepare.py
+    out: str = "runs/repa-{model}"                        # config.json, log.jsonl, last.pt, ema-*.pt, preview-*.png
+    resolution: int = 256                                 # pixels
+    batch_size: int = 256                                 # images per step, over all GPUs
+    micro_batch: int = 0                                  # images per GPU at once; 0 = batch size / GPUs
+    max_train_steps: int = 400_000                        # the paper's tables; its best model has 4M
+    learning_rate: float = 1e-4                           # AdamW, constant
+    max_grad_norm: float = 1.0                            # gradients are clipped to this norm
+    ema_decay: float = 0.9999                             # of the averaged weights, every step
+    cfg_prob: float = 0.1                                 # labels dropped, for classifier-free guidance
+    path_type: Literal["linear", "cosine"] = "linear"     # interpolant
+    weighting: Literal["uniform", "lognormal"] = "uniform"  # distribution of t
+    enc_type: str = "dinov2-vit-b"                        # teacher; several with commas; prepared = DATA/teacher.pt
+    teacher_ckpt: str = ""                                # teacher weights from a file instead of the hub
+    encoder_depth: int = 8                                # align after this block, counted from 1; the paper: 4 for B
+    proj_coeff: float = 0.5                               # lambda; 0 = plain SiT without a teacher
+    vae: Literal["ft-ema", "ft-mse"] = "ft-ema"           # SD-VAE that decodes samples
+    vae_ckpt: str = ""                                    # its weights from a file instead of the hub
+    precision: Literal["auto", "bf16", "fp32"] = "auto"   # auto = bf16 on CUDA, fp32 elsewhere
+    compile: bool = None                                  # torch.compile each block; default: on CUDA
+    seed: int = 0                                         # of the weights, the order of images and every draw
+    workers: int = 4                                      # data processes per GPU
+    log_every: int = 100                                  # steps
+    save_every: int = 5000                                # steps between writes of last.pt
+    keep_every: int = 50_000                              # steps between ema-*.pt, which stay; 0 = none
+    preview_every: int = 10_000                           # steps between pictures; 0 = none
+    init: str = ""                                        # start from the weights of this checkpoint
+    ckpt: str = ""                                        # checkpoint to sample from
+    sample: int = 0                                       # generate this many images instead of training
+    labels: list[int] = None                              # classes to sample, in turn; default: random
+    mode: Literal["sde", "ode"] = "sde"                   # sampler
+    num_steps: int = 250                                  # of the sampler
+    heun: bool = False                                    # second-order steps
+    cfg_scale: float = 1.8                                # guidance scale; 1 = none
+    guidance_low: float = 0.0                             # guidance acts for t between these
+    guidance_high: float = 0.7                            #
+    bench: int = 0                                        # train this many steps on synthetic data, write nothing
+    projector_dim: int = 2048                             # width of the projector's hidden layers
+
+
+MODELS = SIT_SIZES
+RECIPES = {  # by the beginning of the model's name
+    "toy": dict(data="data/toy", resolution=16, batch_size=32, max_train_steps=2000, learning_rate=4e-3, ema_decay=0.99,
+                enc_type="prepared", encoder_depth=2, projector_dim=256, workers=0, log_every=50, save_every=500,
+                keep_every=0, preview_every=400, mode="ode", num_steps=20, cfg_scale=1.0, guidance_high=1.0),
+    "SiT-S": dict(encoder_depth=4),
+    "SiT-B": dict(encoder_depth=4),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method
+# ---------------------------------------------------------------------------------------------------------------------
+class REPASiT(SiT):
+    """SiT whose tokens after block `encoder_depth` also go through one MLP per teacher (of width z_dims[i])."""
+
+    def __init__(self, input_size, in_channels, num_classes, sizes, encoder_depth, z_dims, projector_dim):
+        super().__init__(input_size, in_channels, num_classes, **sizes)
+        self.encoder_depth, hidden_size = encoder_depth, sizes["hidden_size"]
+        self.projectors = nn.ModuleList([nn.Sequential(
+            nn.Linear(hidden_size, projector_dim), nn.SiLU(),
+            nn.Linear(projector_dim, projector_dim), nn.SiLU(),
+            nn.Linear(projector_dim, z_dim)) for z_dim in z_dims])
+        self.projectors.apply(init_linear)
+
+    def forward(self, x_t, t, y):
+        """Velocity (B,C,H,W) and, per teacher, the projected tokens z_hat (B,N,K)."""
+        h, c = self.embed(x_t, t, y)
+        z_hats = []
+        for depth, block in enumerate(self.blocks, start=1):
+            h = block(h, c)
+            if depth == self.encoder_depth:
+                z_hats = [projector(h) for projector in self.projectors]  # token-wise, (B,N,D) -> (B,N,K)
+        return self.head(h, c), z_hats
+
+    def velocity(self, x_t, t, y):
+        """Plain SiT, for sampling: no projector is run."""
+        return super().forward(x_t, t, y)
+
+
+def repa_loss(model, x, t, noise, y, zs, path_type="linear"):
+    """The two terms of REPA's loss, each (B,): velocity error, and minus the cosine to every teacher's tokens.
+
+    x, noise (B,C,H,W); t (B,); y (B,) with labels already dropped to the null label; zs: one (B,N,K) per teacher, raw
+    features of the clean image. The second term lies in [-1,1] and is NEGATIVE in a healthy run.
+    """
+    x_t, v = interpolate(x, noise, t, path_type)
+    v_hat, z_hats = model(x_t, t, y)
+    loss_velocity = (v_hat - v).square().mean(dim=(1, 2, 3))
+    # The cosine is taken token by token, then averaged: (B,N,K) -> (B,N) -> (B,).
+    cosines = [(F.normalize(z_hat.float(), dim=-1) * F.normalize(z.float(), dim=-1)).sum(dim=-1).mean(dim=1)
+               for z_hat, z in zip(z_hats, zs)]
+    loss_proj = -torch.stack(cosines).mean(dim=0) if cosines else torch.zeros_like(loss_velocity)
+    return loss_velocity, loss_proj
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plumbing: the same in every script (tests/test_copies.py compares; `--sync repa.py` copies this version to the others)
+# ---------------------------------------------------------------------------------------------------------------------
+# What may change between a run and its continuation: how it is carried out, not what it computes.
+BOOKKEEPING = ("data out micro_batch max_train_steps teacher_ckpt vae vae_ckpt compile workers log_every save_every "
+               "keep_every preview_every ckpt sample labels mode num_steps heun cfg_scale guidance_low guidance_high "
+               "bench").split()
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by the vendor
+
+
+def parse(argv):
+    """Config from the command line: every field is a flag, its comment the help; the model picks the recipe."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message} (--help lists the flags)")
+    for field in fields(Config):
+        comment = re.search(rf"^    {field.name}:.*?# *(.*)$", inspect.getsource(Config), re.MULTILINE)[1]
+        options = dict(default=field.default, help=f"{comment} [{field.default}]".replace("%", "%%"))
+        if field.type is bool:
+            options |= dict(action=argparse.BooleanOptionalAction)
+        elif get_origin(field.type) is Literal:
+            options |= dict(choices=get_args(field.type))
+        else:
+            options |= dict(type=int, nargs="+") if field.type == list[int] else dict(type=field.type)
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    model = parser.parse_args(argv).model
+    if model not in MODELS:
+        fail(f"unknown --model {model}; there are {', '.join(MODELS)}")
+    parser.set_defaults(**next((recipe for name, recipe in RECIPES.items() if model.startswith(name)), {}))
+    cfg = Config(**vars(parser.parse_args(argv)))
+    cfg.data, cfg.out = cfg.data.format(resolution=cfg.resolution), cfg.out.format(model=model.replace("/", "-"))
+    if cfg.bench:
+        cfg.max_train_steps, cfg.log_every = cfg.bench, max(1, cfg.bench // 5)
+    if cfg.guidance_low > cfg.guidance_high:
+        fail(f"--guidance-low {cfg.guidance_low} lies above --guidance-high {cfg.guidance_high}: the interval is empty")
+    if cfg.sample and not cfg.ckpt:
+        fail("--sample needs --ckpt FILE, the checkpoint to sample from")
+    return cfg
+
+
+def setup(cfg):
+    """This rank's place, device and precision; torchrun starts a process per GPU, python alone is rank 0 of 1."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    micro_batch = cfg.micro_batch or max(1, cfg.batch_size // world)
+    if cfg.batch_size < 1 or cfg.batch_size % (world * micro_batch):
+        fail(f"--batch-size {cfg.batch_size} is no multiple of {world} ranks x --micro-batch {micro_batch}")
+    kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group()  # NCCL for CUDA tensors, gloo for CPU tensors
+    cfg.compile = kind == "cuda" if cfg.compile is None else cfg.compile
+    cfg.precision = ("bf16" if kind == "cuda" else "fp32") if cfg.precision == "auto" else cfg.precision
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+    torch.manual_seed(cfg.seed)
+    autocast = functools.partial(torch.autocast, kind, torch.bfloat16, enabled=cfg.precision == "bf16")
+    return SimpleNamespace(rank=rank, world=world, device=device, micro_batch=micro_batch,
+                           accumulation=cfg.batch_size // (world * micro_batch), autocast=autocast)
+
+
+def run_tool(*command):
+    """Run prepare.py or evaluate.py as a user would, printing the command."""
+    print("$ python", *command, flush=True)
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if code := subprocess.run([sys.executable, Path(__file__).with_name(command[0]), *command[1:]], env=env).returncode:
+        raise SystemExit(code)
+
+
+def compile_blocks(model, cfg):
+    """Compile every block in place: one graph serves them all, and the names of the parameters stay."""
+    if cfg.compile:
+        import torch._dynamo
+        torch._dynamo.config.optimize_ddp = False  # else every gradient bucket cuts the graph
+        for block in model.blocks:
+            block.compile()
+    return model
+
+
+def parallelise(model, cfg, run):
+    """Compile the blocks in place (one graph serves them all, state-dict keys stay clean) and wrap the model in DDP."""
+    compile_blocks(model, cfg)
+    if run.world == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def optimizer_step(optimizer, parameters, max_grad_norm):
+    """Clip, update, clear; returns (norm, is it finite). If not, the update is skipped: on the device, on all ranks."""
+    grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    finite = grad_norm.isfinite()
+    optimizer.found_inf = (~finite).float()  # fused AdamW's own switch, made for loss scalers
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm, finite
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """ema <- decay ema + (1 - decay) model, over the trained parameters."""
+    pairs = [(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
+    torch._foreach_lerp_([e for e, _ in pairs], [p for _, p in pairs], 1 - decay)
+
+
+def restore(cfg, model, ema, optimizer):
+    """Continue the run that cfg.out holds, or begin (from --init); returns the number of steps already done."""
+    path = Path(cfg.out) / "last.pt"
+    if cfg.bench or not path.exists():
+        if cfg.init:
+            say(f"started from {cfg.init}; left fresh: {', '.join(init_from(cfg.init, model)) or 'nothing'}")
+            ema.load_state_dict(model.state_dict())
+        return 0
+    checkpoint = load_checkpoint(path)
+    changed = [f"{name} {old!r}, now {getattr(cfg, name)!r}" for name, old in checkpoint["config"].items()
+               if name not in BOOKKEEPING and getattr(cfg, name) != old]
+    if changed:
+        fail(f"{cfg.out} holds another run ({'; '.join(changed)}): choose another --out")
+    model.load_state_dict(checkpoint["model"])
+    ema.load_state_dict(checkpoint["ema"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["step"]
+
+
+def catch_stop(run):
+    """stop(step): has Ctrl-C or SIGTERM reached any rank? All must leave at the same step, so they compare every 10."""
+    asked = torch.tensor(0)  # on the CPU: comparing does not wait for the GPU
+
+    def handle(number, frame):
+        asked.fill_(number)
+        if run.world == 1:
+            signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends it at once
+
+    def stop(step):
+        if run.world > 1 and step % 10 == 0:
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return int(asked) if run.world == 1 or step % 10 == 0 else 0
+
+    signal.signal(signal.SIGINT, handle), signal.signal(signal.SIGTERM, handle)
+    return stop
+
+
+class Log:
+    """Progress bar and log.jsonl of rank 0. Sums stay on the device between log points: no step waits for a number."""
+
+    def __init__(self, cfg, run, first_step, flops_per_image):
+        self.cfg, self.run, self.path = cfg, run, Path(cfg.out) / "log.jsonl"
+        name = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
+        peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+        self.mfu_of_rate = flops_per_image / (run.world * peak) if peak else None
+        if run.rank == 0 and self.path.exists() and not cfg.bench:  # a killed run may have logged beyond its last save
+            lines = [line for line in self.path.read_text().splitlines(True) if json.loads(line)["step"] <= first_step]
+            self.path.write_text("".join(lines))
+        self.bar = tqdm(total=cfg.max_train_steps, initial=first_step, unit="step", disable=True if run.rank else None)
+        self.bad, self.sums, self.steps, self.clock = torch.zeros((), device=run.device), 0, 0, time.perf_counter()
+
+    def add(self, finite, **terms):
+        """Add one step's scalars; what a skipped step computed is left out."""
+        self.names, values = list(terms), torch.stack([*terms.values(), torch.ones_like(self.bad)])
+        self.sums, self.steps = self.sums + torch.where(finite, values, 0), self.steps + 1
+        self.bad = (self.bad + 1) * (~finite | (terms["grad_norm"] == 0))  # steps in a row without a usable gradient
+        self.bar.update()
+
+    @contextmanager
+    def pause(self):
+        """What happens inside (saving, a preview) is no training time."""
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
+
+    def write(self, step):
+        """Reduce over ranks, once, and write a line; stop after three steps in a row without a usable gradient."""
+        values = torch.cat([self.sums, self.bad[None]]) / self.run.world
+        if self.run.world > 1:
+            dist.all_reduce(values)
+        *sums, used, bad = values.tolist()  # the only wait for the device between log points
+        seconds = (time.perf_counter() - self.clock) / self.steps
+        line = {name: value / max(used, 1) for name, value in zip(self.names, sums)}
+        line |= dict(skipped=self.steps - round(used), images_per_s=self.cfg.batch_size / seconds)
+        if self.mfu_of_rate:
+            line |= dict(mfu=line["images_per_s"] * self.mfu_of_rate)
+        if self.run.device.type == "cuda":
+            line |= dict(memory_gb=torch.cuda.max_memory_allocated() / 1e9)
+        text = ", ".join(f"{name} {value:.4g}" for name, value in line.items())
+        self.bar.set_postfix_str(text)
+        if self.run.rank == 0 and self.bar.disable:  # no terminal: plain lines
+            left = datetime.timedelta(seconds=round(seconds * (self.cfg.max_train_steps - step)))
+            print(f"step {step}/{self.cfg.max_train_steps}: {text}, {left} left", flush=True)
+        if self.run.rank == 0 and not self.cfg.bench:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(dict(step=step) | {n: float(f"{v:.6g}") for n, v in line.items()}) + "\n")
+        if bad >= 3:
+            fail(f"no usable gradient (zero or not finite) in the last {bad:.0f} steps, at step {step}; {self.cfg.out} "
+                 f"keeps the checkpoint from before: try a lower --learning-rate, or --precision fp32")
+        self.sums, self.steps, self.clock = 0, 0, time.perf_counter()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and sampling
+# ---------------------------------------------------------------------------------------------------------------------
+def build(cfg, data, run):
+    """The frozen teachers (none without a projection loss) and the student, on this rank's device."""
+    names = cfg.enc_type.split(",") if cfg.proj_coeff else []
+    own = cfg.teacher_ckpt or f"{cfg.data}/teacher.pt"
+    teachers = [load_teacher(name, cfg.resolution, own if name == "prepared" else cfg.teacher_ckpt, not cfg.bench)
+                .to(run.device) for name in names]
+    sizes = SIT_SIZES[cfg.model]
+    if names and not 1 <= cfg.encoder_depth <= sizes["depth"]:
+        fail(f"--encoder-depth {cfg.encoder_depth} is not among the {sizes['depth']} blocks of {cfg.model}")
+    model = REPASiT(data.shape[-1], data.shape[0], data.meta["num_classes"], sizes,
+                    cfg.encoder_depth, [teacher.width for teacher in teachers], cfg.projector_dim)
+    for name, teacher in zip(names, teachers):
+        if teacher.grid != model.grid:
+            fail(f"teacher {name} gives {teacher.grid}x{teacher.grid} tokens, {cfg.model} at {cfg.resolution} px has "
+                 f"{model.grid}x{model.grid}; they must agree")
+        if cfg.compile:
+            teacher.compile()
+    return teachers, model.to(run.device)
+
+
+def train(cfg, run):
+    """Begin or continue the run in cfg.out."""
+    if cfg.bench:
+        data = SyntheticData(cfg.resolution, cfg.model != "toy", need_images=cfg.proj_coeff > 0)
+    else:
+        data = PreparedData(cfg.data, cfg.resolution, need_images=cfg.proj_coeff > 0)
+    teachers, model = build(cfg, data, run)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, betas=(0.9, 0.999), weight_decay=0, fused=True)
+    first_step = restore(cfg, model, ema, optimizer)
+    if first_step >= cfg.max_train_steps:
+        return say(f"{cfg.out} is finished: {first_step} steps; --max-train-steps trains on, --out begins another run")
+    flops_per_image = describe(cfg, run, data, model)
+    log, stop = Log(cfg, run, first_step, flops_per_image), catch_stop(run)
+    net = parallelise(model, cfg, run)
+    loader = micro_batches(data, cfg.seed, cfg.batch_size, run, first_step, cfg.workers)
+
+    for step in range(first_step + 1, cfg.max_train_steps + 1):
+        # Every draw of the step is made for the global batch; this rank holds its part, in micro-batches.
+        normal, uniform = step_draws(cfg.seed, step, cfg.batch_size, run)
+        posterior, noise = normal(*data.shape), normal(*data.shape)
+        t = uniform() if cfg.weighting == "uniform" else lognormal_time(normal(), cfg.path_type)
+        drop = uniform() < cfg.cfg_prob
+        terms = torch.zeros(3, device=run.device)
+        for i in range(run.accumulation):
+            batch, rows = next(loader), slice(i * run.micro_batch, (i + 1) * run.micro_batch)
+            is_last = i + 1 == run.accumulation
+            with nullcontext() if is_last or run.world == 1 else net.no_sync():  # the ranks reduce gradients once a step
+                with run.autocast():
+                    zs = [teacher(batch["images"])[1] for teacher in teachers]
+                    x = clean_input(batch, data.meta, posterior[rows])
+                    y = batch["labels"].masked_fill(drop[rows], data.meta["num_classes"])
+                    velocity, proj = repa_loss(net, x, t[rows], noise[rows], y, zs, cfg.path_type)
+                    loss = (velocity + cfg.proj_coeff * proj).mean()
+                (loss / run.accumulation).backward()
+            terms += torch.stack([loss, velocity.mean(), proj.mean()]).detach() / run.accumulation
+        grad_norm, finite = optimizer_step(optimizer, parameters, cfg.max_grad_norm)
+        update_ema(ema, model, cfg.ema_decay)
+        log.add(finite, loss=terms[0], loss_velocity=terms[1], loss_proj=terms[2], grad_norm=grad_norm)
+
+        last, stopping = step == cfg.max_train_steps, stop(step)
+        if step % cfg.log_every == 0 or last:
+            log.write(step)
+        if run.rank == 0 and not cfg.bench:
+            with log.pause():
+                state = dict(ema=ema.state_dict(), step=step, config=asdict(cfg), data=data.meta)
+                if step % cfg.save_every == 0 or last or stopping:
+                    save_checkpoint(Path(cfg.out) / "last.pt",
+                                    state | dict(model=model.state_dict(), optimizer=optimizer.state_dict()))
+                if cfg.keep_every and step % cfg.keep_every == 0:
+                    save_checkpoint(Path(cfg.out) / f"ema-{step}.pt", state)
+                if cfg.preview_every and (step % cfg.preview_every == 0 or last):
+                    preview(cfg, run, ema, data, step)
+        if stopping:
+            if run.world > 1:
+                dist.barrier()  # torchrun ends all ranks as soon as one is gone: wait until rank 0 has saved
+            log.bar.close()
+            say(f"stopped at step {step}, saved in {cfg.out}/last.pt; the same command continues")
+            raise SystemExit(128 + stopping)
+    log.bar.close()
+
+
+def describe(cfg, run, data, model):
+    """Say what is about to run, and write config.json; returns the model FLOPs of training on one image."""
+    label = torch.zeros(1, dtype=torch.long, device=run.device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, *data.shape, device=run.device), label.float(), label)
+    flops = 3 * counter.get_total_flops()  # the backward pass costs two forward passes
+    count, images = sum(p.numel() for p in model.parameters()), cfg.max_train_steps * cfg.batch_size
+    say(f"{cfg.model}: {count / 1e6:,.2f} M parameters, a checkpoint of {16e-9 * count:,.2f} GB, {flops / 1e9:,.2f} "
+        f"GFLOP per training image, {cfg.precision}{', compiled' if cfg.compile else ''}")
+    say(f"{cfg.data}: {len(data):,} images of {cfg.resolution} px, {data.meta['num_classes']} classes; "
+        f"{cfg.max_train_steps:,} steps, {len(data) / cfg.batch_size:,.1f} an epoch: {images / len(data):,.1f} epochs")
+    say(f"{cfg.batch_size} images a step = {run.world} x {run.device.type} x {run.accumulation} micro-batches of "
+        f"{run.micro_batch}; results in {cfg.out}")
+    if run.rank == 0 and not cfg.bench:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        (Path(cfg.out) / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
+    return flops
+
+
+def preview(cfg, run, ema, data, step):
+    """Picture of the first eight classes, a row each, by the EMA weights; the same noise at every step."""
+    y = torch.arange(min(8, ema.num_classes), device=run.device).repeat_interleave(8)
+    randn = image_randn(cfg.seed, range(len(y)), run.device)
+    with run.autocast():
+        x = sample(ema.velocity, randn(*data.shape), y, torch.full_like(y, ema.num_classes), num_steps=20,
+                   path_type=cfg.path_type, cfg_scale=cfg.cfg_scale, guidance_high=cfg.guidance_high)
+    images = load_decoder(data.meta, cfg.vae, cfg.vae_ckpt, run.device)(x).permute(0, 3, 1, 2).float() / 255
+    if images.shape[-1] < 64:  # large enough to look at
+        images = F.interpolate(images, scale_factor=4)
+    from torchvision.utils import save_image
+    save_image(images, Path(cfg.out) / f"preview-{step}.png", nrow=8)
+
+
+def generate(cfg, run, path):
+    """Sample cfg.sample images from the EMA weights in cfg.ckpt into an .npz file."""
+    weights, checkpoint = load_weights(cfg.ckpt)
+    if (trained_as := checkpoint.get("config", {}).get("model", cfg.model)) != cfg.model:
+        fail(f"{cfg.ckpt} is a {trained_as}: add --model {trained_as}")
+    model = sit_from_weights({name: w for name, w in weights.items() if not name.startswith("projectors.")}, cfg.model)
+    model = compile_blocks(model.to(run.device).eval(), cfg)
+    null, shape = model.num_classes, (model.in_channels, model.input_size, model.input_size)
+    decode = load_decoder(checkpoint.get("data", SD_VAE_META), cfg.vae, cfg.vae_ckpt, run.device)
+
+    def generate_batch(y, randn):
+        with run.autocast():
+            x = sample(model, randn(*shape), y, torch.full_like(y, null), mode=cfg.mode, num_steps=cfg.num_steps,
+                       heun=cfg.heun, path_type=cfg.path_type, cfg_scale=cfg.cfg_scale,
+                       guidance_low=cfg.guidance_low, guidance_high=cfg.guidance_high, randn=randn)
+        return {"arr_0": decode(x)}
+
+    if cfg.labels and not all(0 <= label < null for label in cfg.labels):
+        fail(f"--labels must lie in 0..{null - 1}: {cfg.ckpt} has {null} classes")
+    labels = torch.randint(null, (cfg.sample,), generator=torch.Generator().manual_seed(mix_seed(cfg.seed, 0)))
+    if cfg.labels:
+        labels = torch.tensor(cfg.labels).repeat(-(-cfg.sample // len(cfg.labels)))[:cfg.sample]
+    sample_npz(path, generate_batch, labels, cfg.seed, run.micro_batch, run)
+    say(f"wrote {path}: {cfg.sample} images, {cfg.mode} {cfg.num_steps} steps, guidance {cfg.cfg_scale}")
+
+
+def report_toy(cfg, run):
+    """Sample 480 images without and with guidance, have them judged, and print a table with real images beside them."""
+    judged = []
+    for name, scale in (("samples", 1.0), ("samples-guided", 2.0)):
+        path = Path(cfg.out) / f"{name}.npz"
+        generate(replace(cfg, sample=480, ckpt=f"{cfg.out}/last.pt", cfg_scale=scale), run, path)
+        if run.rank == 0:
+            run_tool("evaluate.py", str(path), cfg.data)
+            judged.append(json.loads(path.with_suffix(".json").read_text()))
+    if run.rank == 0:
+        plain, guided = judged
+        last = json.loads((Path(cfg.out) / "log.jsonl").read_text().splitlines()[-1])
+        print(f"""
+480 images each                    samples   guidance 2   real images
+judge sees the class asked for  {plain["judge_accuracy"]:10.1%}   {guided["judge_accuracy"]:10.1%}    {plain["real_accuracy"]:10.1%}
+Frechet distance to real images {plain["judge_fd"]:10.2f}   {guided["judge_fd"]:10.2f}    {plain["real_fd"]:10.2f}
+velocity loss {last["loss_velocity"]:.4f}, alignment cosine {-last["loss_proj"]:.3f} at step {last["step"]}
+look at {cfg.out}/preview-{last["step"]}.png""")
+
+
+def main(argv=None):
+    """Train or sample, as the command line says; the toy does both and has the result judged."""
+    cfg = parse(argv)
+    run = setup(cfg)
+    try:
+        if cfg.sample:
+            return generate(cfg, run, Path(cfg.out) / "samples.npz")
+        is_toy = cfg.model == "toy" and cfg.data == "data/toy" and not cfg.bench
+        with first_rank_first():
+            if is_toy and not Path(cfg.data, "meta.json").exists():
+                run_tool("prepare.py", "toy", "--out", cfg.data)
+        train(cfg, run)
+        if is_toy:
+            report_toy(cfg, run)
+    except torch.OutOfMemoryError:
+        fail(f"out of GPU memory: lower --micro-batch (now {run.micro_batch}); the global batch stays the same")
+    except KeyboardInterrupt:
+        fail("interrupted")
+    finally:
+        if run.world > 1:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
