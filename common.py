@@ -36,6 +36,17 @@ def say(message):
         tqdm.write(message)
 
 
+@contextlib.contextmanager
+def first_rank_first():
+    """Rank 0 goes first (it downloads, say), then the others, who find it done."""
+    waits = dist.is_initialized() and dist.get_world_size() > 1
+    if waits and dist.get_rank() > 0:
+        dist.barrier()
+    yield
+    if waits and dist.get_rank() == 0:
+        dist.barrier()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # SiT: a transformer on image patches, conditioned on time and label by adaptive layer norm (arXiv 2401.08740).
 # Parameter names follow the official SiT and REPA checkpoints, which load with strict=True.
@@ -259,13 +270,16 @@ def load_checkpoint(path):
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         fail(f"{path} is no checkpoint, or holds pickled objects beside its tensors; if you trust its source, convert "
              f"it once: python -c \"import torch; c = torch.load('{path}', weights_only=False); "
              f"torch.save(c.get('ema', c), 'ema.pt')\"")
     except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
-        fail(f"{path} is no checkpoint, or is damaged ({str(error).splitlines()[0][:80]})")
+        fail(f"{path} is no checkpoint, or is damaged ({(str(error) or type(error).__name__).splitlines()[0][:80]})")
+    if not isinstance(checkpoint, dict):
+        fail(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}, not named tensors")
+    return checkpoint
 
 
 def load_weights(path):
@@ -274,7 +288,7 @@ def load_weights(path):
     Returns (state dict, the checkpoint it came in).
     """
     checkpoint = load_checkpoint(path)
-    weights = checkpoint.get("ema", checkpoint) if isinstance(checkpoint, dict) else {}
+    weights = checkpoint.get("ema", checkpoint)
     if "x_embedder.proj.weight" not in weights:
         fail(f"{path} holds no SiT weights (there is no x_embedder.proj.weight in it)")
     if weights["final_layer.linear.bias"].numel() == 2 * weights["x_embedder.proj.weight"][0].numel():
@@ -308,8 +322,8 @@ def init_from(path, model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Randomness has one rule: a draw depends on the seed and on what it is for (a step, an image), never on the process that
-# makes it. So no random state is saved, and the number of ranks or of images at once changes nothing.
+# Randomness has one rule: a draw depends on the seed and on what it is for (a step, an image), never on the process
+# that makes it. So no random state is saved, and the number of ranks or of images at once changes nothing.
 # ---------------------------------------------------------------------------------------------------------------------
 def mix_seed(*numbers):
     """One well-mixed 63-bit seed from a few integers: (seed, step) and (seed, step + 1) give unrelated streams."""
@@ -600,12 +614,13 @@ def load_vae_weights(vae, path):
 def load_vae(name="ft-ema", path=""):
     """The SD-VAE, frozen, fp32, on the CPU: from the file `path`, else ft-mse or ft-ema from the hub."""
     if not path:
-        from huggingface_hub import errors, hf_hub_download
+        from huggingface_hub import hf_hub_download
         if name not in VAE_REPOS:
             fail(f"--vae {name}: choose from {', '.join(VAE_REPOS)}, or give --vae-ckpt FILE")
         try:
-            path = hf_hub_download(VAE_REPOS[name], "diffusion_pytorch_model.safetensors")
-        except (OSError, RuntimeError, errors.HTTPError) as error:  # RuntimeError: the hub's xet transfers
+            with first_rank_first():
+                path = hf_hub_download(VAE_REPOS[name], "diffusion_pytorch_model.safetensors")
+        except (OSError, RuntimeError) as error:
             fail(f"cannot download {VAE_REPOS[name]} ({type(error).__name__}); with its "
                  "diffusion_pytorch_model.safetensors from another machine: --vae-ckpt FILE")
     with torch.device("meta"):  # no memory and no random numbers for weights that the file replaces
@@ -666,17 +681,6 @@ class Teacher(nn.Module):
     def forward(self, images):
         tokens = self.vit.forward_features(self.preprocess(images)).float()
         return tokens[:, 0], tokens[:, self.vit.num_prefix_tokens:]
-
-
-@contextlib.contextmanager
-def first_rank_first():
-    """Rank 0 goes first (it downloads, say), then the others, who find it done."""
-    waits = dist.is_initialized() and dist.get_world_size() > 1
-    if waits and dist.get_rank() > 0:
-        dist.barrier()
-    yield
-    if waits and dist.get_rank() == 0:
-        dist.barrier()
 
 
 def load_teacher(enc_type, resolution, path="", pretrained=True):

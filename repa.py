@@ -1,8 +1,8 @@
 """REPA: representation alignment for diffusion transformers (Yu et al., ICLR 2025, arXiv 2410.06940).
 
 A SiT learns to denoise, and while it does, one early block must agree with a pretrained vision network: a small MLP
-maps each token's hidden state after block `encoder_depth` to the feature that a frozen teacher (DINOv2) has of the CLEAN
-image at that place. Only the blocks up to there feel it, and the MLP is thrown away: sampling is plain SiT.
+maps each token's hidden state after block `encoder_depth` to the feature that a frozen teacher (DINOv2) has of the
+CLEAN image at that place. Only the blocks up to there feel it, and the MLP is thrown away: sampling is plain SiT.
 
     L = mean |v_theta(x_t, t, y) - v|^2 - lambda mean_tokens cos(MLP(h), z)       x_t = (1-t) x + t noise, v = noise - x
 
@@ -399,7 +399,7 @@ def train(cfg, run):
         for i in range(run.accumulation):
             batch, rows = next(loader), slice(i * run.micro_batch, (i + 1) * run.micro_batch)
             is_last = i + 1 == run.accumulation
-            with nullcontext() if is_last or run.world == 1 else net.no_sync():  # the ranks reduce gradients once a step
+            with nullcontext() if is_last or run.world == 1 else net.no_sync():  # gradients are reduced once a step
                 with run.autocast():
                     zs = [teacher(batch["images"])[1] for teacher in teachers]
                     x = clean_input(batch, data.meta, posterior[rows])
@@ -505,10 +505,12 @@ def report_toy(cfg, run):
     if run.rank == 0:
         plain, guided = judged
         last = json.loads((Path(cfg.out) / "log.jsonl").read_text().splitlines()[-1])
+        accuracy = plain["judge_accuracy"], guided["judge_accuracy"], plain["real_accuracy"]
+        distance = plain["judge_fd"], guided["judge_fd"], plain["real_fd"]
         print(f"""
-480 images each                    samples   guidance 2   real images
-judge sees the class asked for  {plain["judge_accuracy"]:10.1%}   {guided["judge_accuracy"]:10.1%}    {plain["real_accuracy"]:10.1%}
-Frechet distance to real images {plain["judge_fd"]:10.2f}   {guided["judge_fd"]:10.2f}    {plain["real_fd"]:10.2f}
+480 images each                       samples   guidance 2   real images
+judge sees the class asked for  {accuracy[0]:13.1%}{accuracy[1]:13.1%}{accuracy[2]:14.1%}
+Frechet distance to real images {distance[0]:13.2f}{distance[1]:13.2f}{distance[2]:14.2f}
 velocity loss {last["loss_velocity"]:.4f}, alignment cosine {-last["loss_proj"]:.3f} at step {last["step"]}
 look at {cfg.out}/preview-{last["step"]}.png""")
 
