@@ -790,15 +790,16 @@ def micro_batches(data, seed, batch_size, run, first_step=0, workers=0):
             yield from np.array(indices[run.rank::run.world]).reshape(-1, run.micro_batch)
 
     loader = torch.utils.data.DataLoader(  # its sampler gives whole batches of indices
-        data, batch_size=None, sampler=order(), num_workers=workers, worker_init_fn=_ignore_interrupt,
+        data, batch_size=None, sampler=order(), num_workers=workers, worker_init_fn=_outlive_signals,
         pin_memory=run.device.type == "cuda")
     for batch in loader:
         yield {name: tensor.to(run.device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def _ignore_interrupt(worker):
-    """Data workers leave Ctrl-C to the main process, which saves and ends them."""
+def _outlive_signals(worker):
+    """Ctrl-C and Slurm reach every process of a job: a data worker lives on until the step under way is saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
 def clean_input(batch, meta, noise):

@@ -90,8 +90,8 @@ class Config:
     num_steps: int = 250                                  # of the sampler
     heun: bool = False                                    # second-order steps
     cfg_scale: float = 1.8                                # guidance scale; 1 = none
-    guidance_low: float = 0.0                             # guidance acts for t between these
-    guidance_high: float = 0.7                            #
+    guidance_low: float = 0.0                             # guidance acts for t from here
+    guidance_high: float = 0.7                            # to here; t = 1 is noise
     bench: int = 0                                        # train this many steps on synthetic data, write nothing
     projector_dim: int = 2048                             # width of the projector's hidden layers
 
@@ -181,6 +181,8 @@ def parse(argv):
         fail(f"unknown --model {model}; there are {', '.join(MODELS)}")
     parser.set_defaults(**next((recipe for name, recipe in RECIPES.items() if model.startswith(name)), {}))
     cfg = Config(**vars(parser.parse_args(argv)))
+    if cfg.sample and cfg.out == Config.out:
+        cfg.out = str(Path(cfg.ckpt).parent)
     cfg.data, cfg.out = cfg.data.format(resolution=cfg.resolution), cfg.out.format(model=model.replace("/", "-"))
     if cfg.bench:
         cfg.max_train_steps, cfg.log_every = cfg.bench, max(1, cfg.bench // 5)
@@ -202,11 +204,11 @@ def setup(cfg):
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     if world > 1 and not dist.is_initialized():
         dist.init_process_group()  # NCCL for CUDA tensors, gloo for CPU tensors
     cfg.compile = kind == "cuda" if cfg.compile is None else cfg.compile
     cfg.precision = ("bf16" if kind == "cuda" else "fp32") if cfg.precision == "auto" else cfg.precision
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     torch.manual_seed(cfg.seed)
     autocast = functools.partial(torch.autocast, kind, torch.bfloat16, enabled=cfg.precision == "bf16")
     return SimpleNamespace(rank=rank, world=world, device=device, micro_batch=micro_batch,
@@ -232,7 +234,7 @@ def compile_blocks(model, cfg):
 
 
 def parallelise(model, cfg, run):
-    """Compile the blocks in place (one graph serves them all, state-dict keys stay clean) and wrap the model in DDP."""
+    """The model as the training step calls it: blocks compiled, gradients averaged over the ranks."""
     compile_blocks(model, cfg)
     if run.world == 1:
         return model
@@ -256,7 +258,7 @@ def update_ema(ema, model, decay):
     torch._foreach_lerp_([e for e, _ in pairs], [p for _, p in pairs], 1 - decay)
 
 
-def restore(cfg, model, ema, optimizer):
+def restore(cfg, meta, model, ema, optimizer):
     """Continue the run that cfg.out holds, or begin (from --init); returns the number of steps already done."""
     path = Path(cfg.out) / "last.pt"
     if cfg.bench or not path.exists():
@@ -267,12 +269,20 @@ def restore(cfg, model, ema, optimizer):
     checkpoint = load_checkpoint(path)
     changed = [f"{name} {old!r}, now {getattr(cfg, name)!r}" for name, old in checkpoint["config"].items()
                if name not in BOOKKEEPING and getattr(cfg, name) != old]
+    if checkpoint["data"] != meta:
+        changed.append(f"trained on {checkpoint['data']['source']}, {cfg.data} is of {meta['source']}")
     if changed:
         fail(f"{cfg.out} holds another run ({'; '.join(changed)}): choose another --out")
     model.load_state_dict(checkpoint["model"])
     ema.load_state_dict(checkpoint["ema"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     return checkpoint["step"]
+
+
+def save_run(cfg, name, step, meta, **parts):
+    """Write a checkpoint of these parts (model, ema, optimizer) into cfg.out; nothing random is in it."""
+    state = {part: value.state_dict() for part, value in parts.items()}
+    save_checkpoint(Path(cfg.out) / name, state | dict(step=step, config=asdict(cfg), data=meta))
 
 
 def catch_stop(run):
@@ -334,7 +344,7 @@ class Log:
             line |= dict(mfu=line["images_per_s"] * self.mfu_of_rate)
         if self.run.device.type == "cuda":
             line |= dict(memory_gb=torch.cuda.max_memory_allocated() / 1e9)
-        text = ", ".join(f"{name} {value:.4g}" for name, value in line.items())
+        text = ", ".join(f"{name} {value:.4g}" for name, value in line.items() if value or name != "skipped")
         self.bar.set_postfix_str(text)
         if self.run.rank == 0 and self.bar.disable:  # no terminal: plain lines
             left = datetime.timedelta(seconds=round(seconds * (self.cfg.max_train_steps - step)))
@@ -381,7 +391,7 @@ def train(cfg, run):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, betas=(0.9, 0.999), weight_decay=0, fused=True)
-    first_step = restore(cfg, model, ema, optimizer)
+    first_step = restore(cfg, data.meta, model, ema, optimizer)
     if first_step >= cfg.max_train_steps:
         return say(f"{cfg.out} is finished: {first_step} steps; --max-train-steps trains on, --out begins another run")
     flops_per_image = describe(cfg, run, data, model)
@@ -417,21 +427,21 @@ def train(cfg, run):
             log.write(step)
         if run.rank == 0 and not cfg.bench:
             with log.pause():
-                state = dict(ema=ema.state_dict(), step=step, config=asdict(cfg), data=data.meta)
                 if step % cfg.save_every == 0 or last or stopping:
-                    save_checkpoint(Path(cfg.out) / "last.pt",
-                                    state | dict(model=model.state_dict(), optimizer=optimizer.state_dict()))
+                    save_run(cfg, "last.pt", step, data.meta, ema=ema, model=model, optimizer=optimizer)
                 if cfg.keep_every and step % cfg.keep_every == 0:
-                    save_checkpoint(Path(cfg.out) / f"ema-{step}.pt", state)
+                    save_run(cfg, f"ema-{step}.pt", step, data.meta, ema=ema)
                 if cfg.preview_every and (step % cfg.preview_every == 0 or last):
                     preview(cfg, run, ema, data, step)
         if stopping:
-            if run.world > 1:
-                dist.barrier()  # torchrun ends all ranks as soon as one is gone: wait until rank 0 has saved
-            log.bar.close()
-            say(f"stopped at step {step}, saved in {cfg.out}/last.pt; the same command continues")
-            raise SystemExit(128 + stopping)
+            break
+    loader.close()
     log.bar.close()
+    if stopping:
+        if run.world > 1:
+            dist.barrier()  # torchrun ends all ranks as soon as one is gone: wait until rank 0 has saved
+        say(f"stopped at step {step}, saved in {cfg.out}/last.pt; the same command continues")
+        raise SystemExit(128 + stopping)
 
 
 def describe(cfg, run, data, model):
@@ -459,7 +469,8 @@ def preview(cfg, run, ema, data, step):
     randn = image_randn(cfg.seed, range(len(y)), run.device)
     with run.autocast():
         x = sample(ema.velocity, randn(*data.shape), y, torch.full_like(y, ema.num_classes), num_steps=20,
-                   path_type=cfg.path_type, cfg_scale=cfg.cfg_scale, guidance_high=cfg.guidance_high)
+                   path_type=cfg.path_type, cfg_scale=cfg.cfg_scale, guidance_low=cfg.guidance_low,
+                   guidance_high=cfg.guidance_high)
     images = load_decoder(data.meta, cfg.vae, cfg.vae_ckpt, run.device)(x).permute(0, 3, 1, 2).float() / 255
     if images.shape[-1] < 64:  # large enough to look at
         images = F.interpolate(images, scale_factor=4)
@@ -467,11 +478,12 @@ def preview(cfg, run, ema, data, step):
     save_image(images, Path(cfg.out) / f"preview-{step}.png", nrow=8)
 
 
-def generate(cfg, run, path):
-    """Sample cfg.sample images from the EMA weights in cfg.ckpt into an .npz file."""
+def generate(cfg, run):
+    """Sample cfg.sample images from the EMA weights in cfg.ckpt; returns the path of the .npz file."""
     weights, checkpoint = load_weights(cfg.ckpt)
-    if (trained_as := checkpoint.get("config", {}).get("model", cfg.model)) != cfg.model:
-        fail(f"{cfg.ckpt} is a {trained_as}: add --model {trained_as}")
+    for name in ("model", "path_type"):
+        if (trained := checkpoint.get("config", {}).get(name, getattr(cfg, name))) != getattr(cfg, name):
+            fail(f"{cfg.ckpt} was trained as {trained}: add --{name.replace('_', '-')} {trained}")
     model = sit_from_weights({name: w for name, w in weights.items() if not name.startswith("projectors.")}, cfg.model)
     model = compile_blocks(model.to(run.device).eval(), cfg)
     null, shape = model.num_classes, (model.in_channels, model.input_size, model.input_size)
@@ -489,16 +501,17 @@ def generate(cfg, run, path):
     labels = torch.randint(null, (cfg.sample,), generator=torch.Generator().manual_seed(mix_seed(cfg.seed, 0)))
     if cfg.labels:
         labels = torch.tensor(cfg.labels).repeat(-(-cfg.sample // len(cfg.labels)))[:cfg.sample]
+    path = Path(cfg.out) / ("samples.npz" if cfg.cfg_scale == 1 else f"samples-cfg{cfg.cfg_scale:g}.npz")
     sample_npz(path, generate_batch, labels, cfg.seed, run.micro_batch, run)
-    say(f"wrote {path}: {cfg.sample} images, {cfg.mode} {cfg.num_steps} steps, guidance {cfg.cfg_scale}")
+    say(f"wrote {path}: {cfg.sample} images, {cfg.mode} {cfg.num_steps} steps, guidance {cfg.cfg_scale:g}")
+    return path
 
 
 def report_toy(cfg, run):
     """Sample 480 images without and with guidance, have them judged, and print a table with real images beside them."""
     judged = []
-    for name, scale in (("samples", 1.0), ("samples-guided", 2.0)):
-        path = Path(cfg.out) / f"{name}.npz"
-        generate(replace(cfg, sample=480, ckpt=f"{cfg.out}/last.pt", cfg_scale=scale), run, path)
+    for scale in (1.0, 2.0):
+        path = generate(replace(cfg, sample=480, ckpt=f"{cfg.out}/last.pt", cfg_scale=scale), run)
         if run.rank == 0:
             run_tool("evaluate.py", str(path), cfg.data)
             judged.append(json.loads(path.with_suffix(".json").read_text()))
@@ -521,7 +534,7 @@ def main(argv=None):
     run = setup(cfg)
     try:
         if cfg.sample:
-            return generate(cfg, run, Path(cfg.out) / "samples.npz")
+            return generate(cfg, run)
         is_toy = cfg.model == "toy" and cfg.data == "data/toy" and not cfg.bench
         with first_rank_first():
             if is_toy and not Path(cfg.data, "meta.json").exists():

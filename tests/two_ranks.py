@@ -1,0 +1,72 @@
+"""Runs of repa.py that note what the tests compare: in the tests' own process, and by torchrun on two ranks.
+
+    torchrun --nproc_per_node=2 tests/two_ranks.py FOLDER      does the jobs of FOLDER/jobs.json one after the other, and
+                                                               writes what `record` returns to FOLDER/<job>-<rank>.pt
+A job is {"args": the command line, "poison": {"ranks": [...], "steps": [...]}}; the second is optional.
+"""
+import json
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch  # noqa: E402
+from torch import distributed as dist  # noqa: E402
+
+import repa  # noqa: E402
+
+KEPT_STEPS = 3  # gradients are kept of this many steps
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def record(args, poison=None):
+    """repa.main(args), and for each of its steps: gradients and weights before it, weights and moments after it.
+
+    poison: at these steps (1 is the first that this process makes) of these ranks the loss is not a number.
+    `reductions` holds one entry per dist.all_reduce: the number of steps made by then.
+    """
+    log = dict(gradients=[], before=[], after=[], state_before=[], state_after=[], reductions=[], steps=0, exit=None)
+    step, loss, all_reduce = repa.optimizer_step, repa.repa_loss, dist.all_reduce
+    poison = poison or dict(ranks=[], steps=[])
+
+    def recorded_step(optimizer, parameters, max_grad_norm):
+        log["steps"] += 1
+        keep = log["steps"] <= KEPT_STEPS or log["steps"] in poison["steps"]
+
+        def state():  # of a parameter that had no step yet: nothing, which is as good as zeros
+            return [flat(s.values()) for s in optimizer.state.values()]
+        if keep:
+            log["gradients"].append(flat(p.grad for p in parameters))
+            log["before"].append(flat(parameters)), log["state_before"].append(state())
+        result = step(optimizer, parameters, max_grad_norm)
+        if keep:
+            log["after"].append(flat(parameters)), log["state_after"].append(state())
+        return result
+
+    def poisoned_loss(*args, **options):
+        velocity, proj = loss(*args, **options)
+        is_bad = int(os.environ.get("RANK", 0)) in poison["ranks"] and log["steps"] + 1 in poison["steps"]
+        return velocity * (float("nan") if is_bad else 1), proj
+
+    def counted_all_reduce(*args, **options):
+        log["reductions"].append(log["steps"])
+        return all_reduce(*args, **options)
+
+    with mock.patch.object(repa, "optimizer_step", recorded_step), \
+            mock.patch.object(repa, "repa_loss", poisoned_loss), \
+            mock.patch.object(dist, "all_reduce", counted_all_reduce):
+        try:
+            repa.main(args)
+        except SystemExit as stop:
+            log["exit"] = stop.code
+    return log
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    for name, job in json.loads((folder / "jobs.json").read_text()).items():
+        torch.save(record(job["args"], job.get("poison")), folder / f"{name}-{os.environ['RANK']}.pt")
