@@ -36,6 +36,19 @@ def say(message):
         tqdm.write(message)
 
 
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0][:100]
+
+
+def make_folder(path):
+    """Create a folder for results, and those above it."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write to {path} ({first_line(error)}): choose another --out")
+
+
 @contextlib.contextmanager
 def first_rank_first():
     """Rank 0 goes first (it downloads, say), then the others, who find it done."""
@@ -194,6 +207,8 @@ class SiT(nn.Module):
 
     def __init__(self, input_size=32, in_channels=4, num_classes=1000, *, hidden_size, depth, num_heads, patch_size):
         super().__init__()
+        if input_size % patch_size:
+            fail(f"an input of size {input_size} has no whole number of patches of {patch_size}: take another --model")
         self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
         self.grid = input_size // patch_size
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
@@ -257,7 +272,7 @@ def save_checkpoint(path, state):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        fail(f"could not write {path} ({str(error).splitlines()[0]}); free some disk and repeat the command: it goes "
+        fail(f"could not write {path} ({first_line(error)}); free some disk and repeat the command: it goes "
              f"on from the last checkpoint")
 
 
@@ -276,7 +291,7 @@ def load_checkpoint(path):
              f"it once: python -c \"import torch; c = torch.load('{path}', weights_only=False); "
              f"torch.save(c.get('ema', c), 'ema.pt')\"")
     except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
-        fail(f"{path} is no checkpoint, or is damaged ({(str(error) or type(error).__name__).splitlines()[0][:80]})")
+        fail(f"{path} is no checkpoint, or is damaged ({first_line(error)})")
     if not isinstance(checkpoint, dict):
         fail(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}, not named tensors")
     return checkpoint
@@ -306,6 +321,8 @@ def sit_from_weights(weights, name):
              f"{sizes['hidden_size']}, {sizes['depth']}, {sizes['patch_size']}")
     input_size = patch * math.isqrt(weights["pos_embed"].shape[1])
     model = SiT(input_size, channels, len(weights["y_embedder.embedding_table.weight"]) - 1, **sizes)
+    if wrong := sorted(weights.keys() ^ model.state_dict().keys()):
+        fail(f"these weights are not those of a SiT: {wrong[0]} is missing or too much")
     model.load_state_dict(weights)
     return model
 
@@ -444,7 +461,7 @@ def sample_npz(path, generate, labels, seed, batch_size, run):
     files of its own on disk (50,000 images of 256 px are 9.8 GB); rank 0 merges them under the final name.
     """
     path, mine, parts = Path(path), range(run.rank, len(labels), run.world), {}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     create = functools.partial(np.lib.format.open_memmap, mode="w+")
 
     def part_file(key, rank):
@@ -690,24 +707,27 @@ def load_teacher(enc_type, resolution, path="", pretrained=True):
     """
     import timm
     if enc_type == "prepared":
+        make = f"make it: python prepare.py teacher --data {Path(path).parent}"
         if not Path(path).is_file():
-            fail(f"no teacher {path}; make it: python prepare.py teacher --data {Path(path).parent}")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["resolution"] != resolution:
-            fail(f"the teacher {path} was trained for {saved['resolution']} px, the data have {resolution} px")
+            fail(f"no teacher {path}; {make}")
+        saved = load_checkpoint(path)
+        if saved.get("resolution") != resolution:
+            fail(f"{path} is no teacher for {resolution} px, but for {saved.get('resolution')} px; {make}")
         vit = timm.models.vision_transformer.VisionTransformer(**saved["config"])
         vit.load_state_dict(saved["model"])
         return Teacher(vit, [0.5] * 3, [0.5] * 3, resolution)
     if enc_type not in TEACHERS:
         fail(f"unknown teacher {enc_type!r}; --enc-type is one of: prepared, {', '.join(TEACHERS)}")
     size = 224 * resolution // 256
+    if path:
+        load_checkpoint(path)  # says clearly what is wrong with the file, before timm reads it
     try:
         with first_rank_first():
             vit = timm.create_model(TEACHERS[enc_type], pretrained=pretrained, img_size=size, num_classes=0,
                                     pretrained_cfg_overlay=dict(file=path) if path else None)
     except (OSError, RuntimeError) as error:
-        fail(f"could not load {TEACHERS[enc_type]} ({str(error).splitlines()[0][:100]}); without internet, give a file "
-             f"of its weights by --teacher-ckpt FILE")
+        fail(f"could not load {TEACHERS[enc_type]} {path} ({first_line(error)}); without internet, give a file of its "
+             f"weights by --teacher-ckpt FILE")
     return Teacher(vit, IMAGENET_MEAN, IMAGENET_STD, size)
 
 
@@ -724,29 +744,37 @@ class PreparedData(torch.utils.data.Dataset):
     def __init__(self, path, resolution, need_images=True):
         self.path = Path(path)
         if not (self.path / "meta.json").is_file():
-            fail(f"no prepared data in {path}; make it: python prepare.py --images FOLDER --out {path}")
-        self.meta = json.loads((self.path / "meta.json").read_text())
-        if self.meta.get("format") != 1:
-            fail(f"{path}/meta.json has format {self.meta.get('format')}, this program reads 1: prepare the data again")
+            fail(f"no prepared data in {path}; make it: "
+                 f"python prepare.py --images FOLDER --out {path} --resolution {resolution}")
+        try:
+            self.meta = json.loads((self.path / "meta.json").read_text())
+            found = self.meta["format"]
+        except (ValueError, KeyError, TypeError):
+            found = "unknown"
+        if found != 1:
+            fail(f"{path}/meta.json has format {found}, this program reads 1: prepare the data again")
         if self.meta["resolution"] != resolution:
             fail(f"{path} has {self.meta['resolution']} px, the run {resolution}; "
                  f"add --resolution {self.meta['resolution']}")
         self.is_latent = self.meta["vae"] is not None
         self.names = ["labels"] + ["moments"] * self.is_latent + ["images"] * (need_images or not self.is_latent)
+        size = resolution // 8 if self.is_latent else resolution
+        self.shape = (self.meta["channels"], size, size)  # of x: (C,H,W)
+        shapes = dict(labels=(), images=(resolution, resolution, 3), moments=(2 * self.shape[0], size, size))
         for name in self.names:
-            if (rows := len(self.array(name))) != self.meta["count"]:
-                fail(f"{path}/{name}.npy has {rows} rows, meta.json says {self.meta['count']}: prepare the data again")
-        self.shape = (3, resolution, resolution)  # of x: (C,H,W)
-        if self.is_latent:
-            moments = self.array("moments")
-            self.shape = (moments.shape[1] // 2, *moments.shape[2:])
+            if (found := self.array(name).shape) != (self.meta["count"], *shapes[name]):
+                fail(f"{path}/{name}.npy has shape {found}, meta.json says {(self.meta['count'], *shapes[name])}: "
+                     f"prepare the data again")
+        labels, classes = self.array("labels"), self.meta["num_classes"]
+        if labels.min() < 0 or labels.max() >= classes:
+            fail(f"{path}/labels.npy has labels outside 0..{classes - 1}: prepare the data again")
 
     def array(self, name):
         """One array, memory-mapped; opened at each use, for a memory map pickled to a worker would be a full copy."""
         try:
             return np.load(self.path / f"{name}.npy", mmap_mode="r")
-        except (OSError, ValueError) as error:
-            fail(f"{self.path}/{name}.npy is missing or truncated ({error}): prepare the data again")
+        except (OSError, ValueError, EOFError) as error:
+            fail(f"{self.path}/{name}.npy is missing or damaged ({first_line(error)}): prepare the data again")
 
     def __len__(self):
         return self.meta["count"]

@@ -48,8 +48,8 @@ from tqdm import tqdm
 
 from common import (SD_VAE_META, SIT_SIZES, PreparedData, SiT, SyntheticData, clean_input, fail, first_rank_first,
                     image_randn, init_from, init_linear, interpolate, load_checkpoint, load_decoder, load_teacher,
-                    load_weights, lognormal_time, micro_batches, mix_seed, sample, sample_npz, save_checkpoint, say,
-                    sit_from_weights, step_draws)
+                    load_weights, lognormal_time, make_folder, micro_batches, mix_seed, sample, sample_npz,
+                    save_checkpoint, say, sit_from_weights, step_draws)
 
 
 @dataclass
@@ -159,15 +159,20 @@ def repa_loss(model, x, t, noise, y, zs, path_type="linear"):
 BOOKKEEPING = ("data out micro_batch max_train_steps teacher_ckpt vae vae_ckpt compile workers log_every save_every "
                "keep_every preview_every ckpt sample labels mode num_steps heun cfg_scale guidance_low guidance_high "
                "bench").split()
+RANGES = (("resolution batch_size max_train_steps log_every save_every num_steps cfg_scale projector_dim", 1, 1e12),
+          ("micro_batch learning_rate proj_coeff seed workers keep_every preview_every sample bench", 0, 1e12),
+          ("ema_decay cfg_prob guidance_low guidance_high", 0, 1), ("max_grad_norm", 1e-12, 1e12))
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by the vendor
 
 
 def parse(argv):
     """Config from the command line: every field is a flag, its comment the help; the model picks the recipe."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.error = lambda message: fail(f"{message} (--help lists the flags)")
+    source = inspect.getsource(Config)
     for field in fields(Config):
-        comment = re.search(rf"^    {field.name}:.*?# *(.*)$", inspect.getsource(Config), re.MULTILINE)[1]
+        comment = re.search(rf"^    {field.name}:.*?# *(.*)$", source, re.MULTILINE)[1]
         options = dict(default=field.default, help=f"{comment} [{field.default}]".replace("%", "%%"))
         if field.type is bool:
             options |= dict(action=argparse.BooleanOptionalAction)
@@ -183,7 +188,12 @@ def parse(argv):
     cfg = Config(**vars(parser.parse_args(argv)))
     if cfg.sample and cfg.out == Config.out:
         cfg.out = str(Path(cfg.ckpt).parent)
-    cfg.data, cfg.out = cfg.data.format(resolution=cfg.resolution), cfg.out.format(model=model.replace("/", "-"))
+    cfg.data = cfg.data.replace("{resolution}", str(cfg.resolution))
+    cfg.out = cfg.out.replace("{model}", model.replace("/", "-"))
+    for names, least, most in RANGES:
+        for name in names.split():
+            if not least <= getattr(cfg, name, least) <= most:
+                fail(f"--{name.replace('_', '-')} {getattr(cfg, name)} must lie between {least:g} and {most:g}")
     if cfg.bench:
         cfg.max_train_steps, cfg.log_every = cfg.bench, max(1, cfg.bench // 5)
     if cfg.guidance_low > cfg.guidance_high:
@@ -267,11 +277,14 @@ def restore(cfg, meta, model, ema, optimizer):
             ema.load_state_dict(model.state_dict())
         return 0
     checkpoint = load_checkpoint(path)
-    changed = [f"{name} {old!r}, now {getattr(cfg, name)!r}" for name, old in checkpoint["config"].items()
-               if name not in BOOKKEEPING and getattr(cfg, name) != old]
-    if checkpoint["data"] != meta:
-        changed.append(f"trained on {checkpoint['data']['source']}, {cfg.data} is of {meta['source']}")
-    if changed:
+    if "optimizer" not in checkpoint:
+        fail(f"{path} is no checkpoint of a run: choose another --out")
+
+    def identity(config, meta):
+        settings = {name: value for name, value in config.items() if name not in BOOKKEEPING}
+        return settings | dict(data=f"{meta['source']}, {meta['count']} images, {meta['num_classes']} classes")
+    old, new = identity(checkpoint["config"], checkpoint["data"]), identity(asdict(cfg), meta)
+    if changed := [f"{name} {old.get(name)!r}, now {new.get(name)!r}" for name in old if old[name] != new.get(name)]:
         fail(f"{cfg.out} holds another run ({'; '.join(changed)}): choose another --out")
     model.load_state_dict(checkpoint["model"])
     ema.load_state_dict(checkpoint["ema"])
@@ -299,7 +312,8 @@ def catch_stop(run):
             dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return int(asked) if run.world == 1 or step % 10 == 0 else 0
 
-    signal.signal(signal.SIGINT, handle), signal.signal(signal.SIGTERM, handle)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
     return stop
 
 
@@ -375,7 +389,8 @@ def build(cfg, data, run):
     for name, teacher in zip(names, teachers):
         if teacher.grid != model.grid:
             fail(f"teacher {name} gives {teacher.grid}x{teacher.grid} tokens, {cfg.model} at {cfg.resolution} px has "
-                 f"{model.grid}x{model.grid}; they must agree")
+                 f"{model.grid}x{model.grid}: choose another --enc-type or --model, or train a teacher for it: python "
+                 f"prepare.py teacher --data {cfg.data} --patch-size {cfg.resolution // model.grid}")
         if cfg.compile:
             teacher.compile()
     return teachers, model.to(run.device)
@@ -388,6 +403,8 @@ def train(cfg, run):
     else:
         data = PreparedData(cfg.data, cfg.resolution, need_images=cfg.proj_coeff > 0)
     teachers, model = build(cfg, data, run)
+    # Loaded before the first step, so that a missing VAE shows now and not at the first preview.
+    decode = load_decoder(data.meta, cfg.vae, cfg.vae_ckpt, run.device) if cfg.preview_every and not cfg.bench else None
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, betas=(0.9, 0.999), weight_decay=0, fused=True)
@@ -432,11 +449,13 @@ def train(cfg, run):
                 if cfg.keep_every and step % cfg.keep_every == 0:
                     save_run(cfg, f"ema-{step}.pt", step, data.meta, ema=ema)
                 if cfg.preview_every and (step % cfg.preview_every == 0 or last):
-                    preview(cfg, run, ema, data, step)
+                    preview(cfg, run, ema, data.shape, decode, step)
         if stopping:
             break
     loader.close()
     log.bar.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what follows is stopped by a plain Ctrl-C again
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if stopping:
         if run.world > 1:
             dist.barrier()  # torchrun ends all ranks as soon as one is gone: wait until rank 0 has saved
@@ -458,20 +477,20 @@ def describe(cfg, run, data, model):
     say(f"{cfg.batch_size} images a step = {run.world} x {run.device.type} x {run.accumulation} micro-batches of "
         f"{run.micro_batch}; results in {cfg.out}")
     if run.rank == 0 and not cfg.bench:
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        make_folder(cfg.out)
         (Path(cfg.out) / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
     return flops
 
 
-def preview(cfg, run, ema, data, step):
+def preview(cfg, run, ema, shape, decode, step):
     """Picture of the first eight classes, a row each, by the EMA weights; the same noise at every step."""
     y = torch.arange(min(8, ema.num_classes), device=run.device).repeat_interleave(8)
     randn = image_randn(cfg.seed, range(len(y)), run.device)
     with run.autocast():
-        x = sample(ema.velocity, randn(*data.shape), y, torch.full_like(y, ema.num_classes), num_steps=20,
+        x = sample(ema.velocity, randn(*shape), y, torch.full_like(y, ema.num_classes), num_steps=20,
                    path_type=cfg.path_type, cfg_scale=cfg.cfg_scale, guidance_low=cfg.guidance_low,
                    guidance_high=cfg.guidance_high)
-    images = load_decoder(data.meta, cfg.vae, cfg.vae_ckpt, run.device)(x).permute(0, 3, 1, 2).float() / 255
+    images = decode(x).permute(0, 3, 1, 2).float() / 255
     if images.shape[-1] < 64:  # large enough to look at
         images = F.interpolate(images, scale_factor=4)
     from torchvision.utils import save_image

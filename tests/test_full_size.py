@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import repa
 from common import SIT_SIZES, SiT
 
-# ../shared/methods/sit.md, section 3: 1000 classes, 4 latent channels, 256 px; GFLOP = 2 x multiply-adds, per image.
+# Counted on the official models: 1000 classes, 4 latent channels, 256 px; GFLOP = 2 x multiply-adds, per image.
 TABLE = {  # model: (parameters, trained ones, with willisma/SiT's head of 8 channels, GFLOP at 256 px, at 512 px)
     "SiT-S/2": (32_957_200, 32_858_896, 32_963_360, 12.108, 62.861),
     "SiT-B/2": (130_500_112, 130_303_504, 130_512_416, 46.004, 212.740),

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import prepare
-from evaluate import Judge, load_folder
+from common import PreparedData
+from evaluate import Judge
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,6 +37,12 @@ def run(images, out, *flags):
     """prepare.py in process, 8 px, no worker processes unless asked."""
     prepare.main(["--images", str(images), "--out", str(out), "--resolution", "8", "--vae", "none",
                   *(flags or ("--workers", "0"))])
+
+
+def load_folder(folder):
+    """images, labels and meta of a prepared set, as a training script reads them."""
+    data = PreparedData(folder, prepare.read_meta(folder)["resolution"])
+    return data.array("images"), data.array("labels"), data.meta
 
 
 def read_bytes(folder):
@@ -89,7 +96,7 @@ def test_folder_layout(tmp_path, capsys, workers):
     assert set(os.listdir(tmp_path / "data/x")) == {"images.npy", "labels.npy", "meta.json"}
     assert os.listdir(tmp_path / "data") == ["x"]  # no .partial left
     printed = capsys.readouterr().out
-    assert "115 images in 3 classes, 2 other files ignored" in printed and "GB of disk" in printed
+    assert "115 images in 3 classes;" in printed and "GB of disk" in printed
 
 
 def test_folder_without_classes(tmp_path):
@@ -156,10 +163,10 @@ def test_killed_prepare_resumes_to_identical_bytes(tmp_path, monkeypatch, capsys
                "--resolution", "8", "--vae", "none", "--workers", "0"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
     assert not (tmp_path / "killed").exists() and (tmp_path / "killed.partial").is_dir()
-    assert "unfinished" in error_of(load_folder, tmp_path / "killed")
+    assert "not a prepared data set" in error_of(load_folder, tmp_path / "killed")
 
     calls, read = [], prepare.read_image
-    monkeypatch.setattr(prepare, "read_image", lambda path, size: calls.append(path) or read(path, size))
+    monkeypatch.setattr(prepare, "read_image", lambda path, resolution: calls.append(path) or read(path, resolution))
     run(tmp_path / "in", tmp_path / "killed")
     assert len(calls) == 150 - 99  # 99 were decoded before; the broken one is tried again
     assert "99 of 150" in capsys.readouterr().out
@@ -183,18 +190,18 @@ def test_errors_of_image_folders(tmp_path, monkeypatch):
     run(tmp_path / "in", tmp_path / "x")
     before = read_bytes(tmp_path / "x")
     message = error_of(run, tmp_path / "in", tmp_path / "x")
-    assert "complete already" in message and "rm -r" in message
+    assert "exists already" in message and "give another --out" in message
     assert read_bytes(tmp_path / "x") == before
-    assert "not a folder" in error_of(run, tmp_path / "nowhere", tmp_path / "y")
+    assert "No such file" in error_of(run, tmp_path / "nowhere", tmp_path / "y")
     (tmp_path / "empty").mkdir()
-    assert "no images in" in error_of(run, tmp_path / "empty", tmp_path / "y")
+    assert "no valid file for the classes empty" in error_of(run, tmp_path / "empty", tmp_path / "y")
     assert "give another --out" in error_of(run, tmp_path / "in", tmp_path / "empty")
     (tmp_path / "in/void").mkdir()
     assert "void" in error_of(run, tmp_path / "in", tmp_path / "y")
     (tmp_path / "in/void").rmdir()
     assert "prepare that first" in error_of(run, tmp_path / "in", tmp_path / "y/val")
     write_images(tmp_path / "other", {"a": 3, "c": 3})
-    assert "must be the same" in error_of(run, tmp_path / "other", tmp_path / "x/val")
+    assert "the same classes" in error_of(run, tmp_path / "other", tmp_path / "x/val")
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     assert "GB free" in error_of(run, tmp_path / "in", tmp_path / "y")
     assert not (tmp_path / "y").exists() and not (tmp_path / "y.partial").exists()
@@ -203,10 +210,12 @@ def test_errors_of_image_folders(tmp_path, monkeypatch):
 def test_errors_of_flags(tmp_path):
     some = ["--images", str(tmp_path), "--out", str(tmp_path / "x")]
     assert "--vae none" in error_of(prepare.main, some)  # the default, ft-mse, is refused too
-    assert "--images and --out" in error_of(prepare.main, ["--vae", "none"])
+    assert "--images DIR --out" in error_of(prepare.main, ["--vae", "none"])
     assert "--resolution" in error_of(prepare.main, [*some, "--vae", "none", "--resolution", "0"])
     assert "--workers" in error_of(prepare.main, [*some, "--vae", "none", "--workers", "-1"])
     assert "--steps" in error_of(prepare.main, ["teacher", "--data", str(tmp_path), "--steps", "0"])
+    for wrong in ([*some, "--size", "8"], ["toy", "--size", "8"], ["teacher"], ["teacher", "--steps", "x"], ["more"]):
+        assert "--help lists the flags" in error_of(prepare.main, wrong)
 
 
 def test_help_is_quick():
@@ -225,7 +234,7 @@ def test_toy_images_show_their_captions():
     assert images.shape == (400, 16, 16, 3) and images.dtype == np.uint8 and set(labels) == set(range(8))
     for image, label, caption in zip(images, labels, captions):
         _, colour, shape, _, _, _, ground, _ = caption.split()
-        assert shape == prepare.SHAPES[label] and colour != ground
+        assert shape == list(prepare.SHAPES)[label] and colour != ground
         corner = 0.35 * np.array(prepare.COLOURS[ground])  # no shape reaches all four corners
         assert any(np.abs(image[r, c] - corner).max() <= 1 for r in (0, 15) for c in (0, 15)), caption
         assert (np.abs(image.astype(int) - prepare.COLOURS[colour]).max(-1) == 0).sum() >= 8, caption
@@ -253,11 +262,11 @@ def test_toy_folder(toy):
         images, labels, meta = load_folder(folder)
         captions = json.loads((folder / "captions.json").read_text())
         assert len(images) == len(labels) == len(captions) == count
-        assert meta["class_names"] == prepare.SHAPES and meta["num_classes"] == 8 and meta["resolution"] == 16
-        assert all(prepare.SHAPES[label] in caption for label, caption in zip(labels, captions))
+        assert meta["class_names"] == list(prepare.SHAPES) and meta["num_classes"] == 8 and meta["resolution"] == 16
+        assert all(meta["class_names"][label] in caption for label, caption in zip(labels, captions))
     assert (load_folder(toy)[1][:500] == load_folder(toy / "val")[1]).mean() < 0.3  # other draws, not the same again
     assert not toy.with_name("toy.partial").exists()
-    assert "complete already" in error_of(prepare.main, ["toy", "--out", str(toy)])
+    assert "exists already" in error_of(prepare.main, ["toy", "--out", str(toy)])
 
 
 def test_teacher_and_judge_files(toy):
@@ -328,5 +337,7 @@ def test_errors_of_teacher(toy, tmp_path):
     write_images(tmp_path / "in", {"a": 3})
     run(tmp_path / "in", tmp_path / "x")
     assert "one class" in error_of(train, tmp_path / "x")
-    (tmp_path / "x/labels.npy").write_bytes((tmp_path / "x/labels.npy").read_bytes()[:-8])
-    assert "damaged" in error_of(train, tmp_path / "x")
+    write_images(tmp_path / "in2", {"a": 3, "b": 3})
+    run(tmp_path / "in2", tmp_path / "y")
+    (tmp_path / "y/labels.npy").write_bytes((tmp_path / "y/labels.npy").read_bytes()[:-8])
+    assert "labels.npy is missing or" in error_of(train, tmp_path / "y")

@@ -1,7 +1,7 @@
 """Runs of repa.py that note what the tests compare: in the tests' own process, and by torchrun on two ranks.
 
-    torchrun --nproc_per_node=2 tests/two_ranks.py FOLDER      does the jobs of FOLDER/jobs.json one after the other, and
-                                                               writes what `record` returns to FOLDER/<job>-<rank>.pt
+    torchrun --nproc_per_node=2 tests/two_ranks.py FOLDER      # does the jobs of FOLDER/jobs.json one after the other,
+                                                               # writes what `record` returns to FOLDER/<job>-<rank>.pt
 A job is {"args": the command line, "poison": {"ranks": [...], "steps": [...]}}; the second is optional.
 """
 import json
@@ -24,36 +24,35 @@ def flat(tensors):
 
 
 def record(args, poison=None):
-    """repa.main(args), and for each of its steps: gradients and weights before it, weights and moments after it.
+    """repa.main(args), with notes: its first gradients, what every poisoned step did, and when it called all_reduce.
 
     poison: at these steps (1 is the first that this process makes) of these ranks the loss is not a number.
     `reductions` holds one entry per dist.all_reduce: the number of steps made by then.
     """
-    log = dict(gradients=[], before=[], after=[], state_before=[], state_after=[], reductions=[], steps=0, exit=None)
-    step, loss, all_reduce = repa.optimizer_step, repa.repa_loss, dist.all_reduce
     poison = poison or dict(ranks=[], steps=[])
+    notes = dict(gradients=[], poisoned=[], reductions=[], steps=0, exit=None)
+    step, loss, all_reduce = repa.optimizer_step, repa.repa_loss, dist.all_reduce
 
     def recorded_step(optimizer, parameters, max_grad_norm):
-        log["steps"] += 1
-        keep = log["steps"] <= KEPT_STEPS or log["steps"] in poison["steps"]
-
-        def state():  # of a parameter that had no step yet: nothing, which is as good as zeros
-            return [flat(s.values()) for s in optimizer.state.values()]
-        if keep:
-            log["gradients"].append(flat(p.grad for p in parameters))
-            log["before"].append(flat(parameters)), log["state_before"].append(state())
+        def state():  # weights, and moments: none before the first step
+            return flat(parameters), [flat(moments.values()) for moments in optimizer.state.values()]
+        notes["steps"] += 1
+        is_poisoned = notes["steps"] in poison["steps"]
+        if notes["steps"] <= KEPT_STEPS:
+            notes["gradients"].append(flat(p.grad for p in parameters))
+        before = state() if is_poisoned else None
         result = step(optimizer, parameters, max_grad_norm)
-        if keep:
-            log["after"].append(flat(parameters)), log["state_after"].append(state())
+        if is_poisoned:
+            notes["poisoned"].append((before, state()))
         return result
 
     def poisoned_loss(*args, **options):
         velocity, proj = loss(*args, **options)
-        is_bad = int(os.environ.get("RANK", 0)) in poison["ranks"] and log["steps"] + 1 in poison["steps"]
+        is_bad = int(os.environ.get("RANK", 0)) in poison["ranks"] and notes["steps"] + 1 in poison["steps"]
         return velocity * (float("nan") if is_bad else 1), proj
 
     def counted_all_reduce(*args, **options):
-        log["reductions"].append(log["steps"])
+        notes["reductions"].append(notes["steps"])
         return all_reduce(*args, **options)
 
     with mock.patch.object(repa, "optimizer_step", recorded_step), \
@@ -62,11 +61,14 @@ def record(args, poison=None):
         try:
             repa.main(args)
         except SystemExit as stop:
-            log["exit"] = stop.code
-    return log
+            notes["exit"] = stop.code
+    return notes
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    for name, job in json.loads((folder / "jobs.json").read_text()).items():
-        torch.save(record(job["args"], job.get("poison")), folder / f"{name}-{os.environ['RANK']}.pt")
+    dist.init_process_group()  # one group for all jobs: torchrun's meeting point serves only once
+    with mock.patch.object(dist, "destroy_process_group"):
+        for name, job in json.loads((folder / "jobs.json").read_text()).items():
+            torch.save(record(job["args"], job.get("poison")), folder / f"{name}-{os.environ['RANK']}.pt")
+    dist.destroy_process_group()
