@@ -7,8 +7,9 @@ The judge is a small CNN that `prepare.py teacher` trained on the same data set,
 
 Both depend on the judge and on the number of images, so the same figures stand beside them for as many real images.
 
-    python evaluate.py runs/repa-toy/samples.npz data/toy       the reference is data/toy/val where there is one
-    python evaluate.py data/other data/toy --json other.json    another set of real images in the place of samples
+    python evaluate.py runs/repa-toy/samples.npz data/toy        the reference is data/toy/val where there is one
+    python evaluate.py runs/*/samples.npz data/toy               one table of several files
+    python evaluate.py data/other data/toy                       another set of real images in the place of samples
 
 Reads an .npz in ADM's layout, arr_0 (N,H,W,3) uint8 and perhaps labels (N,), or a folder data/NAME of prepare.py.
 Writes the figures as JSON beside the samples: samples.npz -> samples.json.
@@ -130,55 +131,58 @@ def split_reference(count, num_samples, seed=0):
     return np.sort(order[:half][:MAX_REAL]), np.sort(order[half:][:min(num_samples, MAX_REAL)])
 
 
-def evaluate(samples, labels, images, real_labels, judge, num_classes):
-    """The figures of samples (N,R,R,3) with labels (N,) or None, beside a reference set, as a dict."""
-    reference, real = split_reference(len(images), len(samples))
-    statistics = features_statistics(run_judge(judge, num_classes, images, reference)[0])
-    features, predicted = run_judge(judge, num_classes, samples)
-    real_features, real_predicted = run_judge(judge, num_classes, images, real)
-    return dict(
-        judge_accuracy=None if labels is None else float((predicted == labels).mean()),
-        judge_fd=frechet_distance(*features_statistics(features), *statistics),
-        real_accuracy=float((real_predicted == real_labels[real]).mean()),
-        real_fd=frechet_distance(*features_statistics(real_features), *statistics),
-        num_samples=len(samples), num_real=len(real), num_reference=len(reference))
+def figures(judge, num_classes, images, labels, statistics, indices=None):
+    """(accuracy or None without labels, Frechet distance to `statistics`) of images (N,R,R,3) [at these indices]."""
+    features, predicted = run_judge(judge, num_classes, images, indices)
+    if labels is not None:
+        labels = labels if indices is None else labels[indices]
+    accuracy = None if labels is None else float((predicted == labels).mean())
+    return accuracy, frechet_distance(*features_statistics(features), *statistics)
 
 
 def main(argv=None):
-    """Print and write the figures; returns them as a dict."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("samples", type=Path, help=".npz with arr_0, or a prepared folder")
+    """Print one table, and write the figures of each file beside it; returns them, a dict a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("samples", type=Path, nargs="+", help=".npz with arr_0, or a prepared folder; one or more")
     parser.add_argument("reference", type=Path, help="prepared folder data/NAME; its val/ is used where there is one")
     parser.add_argument("--judge", type=Path, help="[judge.pt of the reference]")
-    parser.add_argument("--json", type=Path, help="where the figures go [beside the samples]")
     parser.error = lambda message: fail(f"{message} (--help lists the flags)")
     args = parser.parse_args(argv)
     root = args.reference.parent if args.reference.name == "val" else args.reference
     reference = root / "val" if (root / "val").is_dir() else args.reference
     judge_path = args.judge or root / "judge.pt"
 
-    (images, labels), (real_images, real_labels) = load_images(args.samples), load_images(reference)
+    samples, (real_images, real_labels) = [load_images(path) for path in args.samples], load_images(reference)
     judge, num_classes, resolution = load_judge(judge_path)
-    for path, array, classes in ((args.samples, images, labels), (reference, real_images, real_labels)):
-        if array.shape[1] != resolution or classes is not None and not np.isin(classes, range(num_classes)).all():
+    for path, (images, labels) in zip([*args.samples, reference], [*samples, (real_images, real_labels)]):
+        if images.shape[1] != resolution or labels is not None and not np.isin(labels, range(num_classes)).all():
             fail(f"{path} does not fit the judge {judge_path}, which was trained at {resolution} px for classes "
                  f"0..{num_classes - 1}: give the data set and the judge that belong to it")
-    result = evaluate(images, labels, real_images, real_labels, judge, num_classes)
-    result |= dict(reference=str(reference), judge=str(judge_path))
 
-    print(f"{'':12}{'judge accuracy':>15}{'Frechet distance':>18}{'images':>9}")
-    for name, key, count in (("samples", "judge", "num_samples"), ("real images", "real", "num_real")):
-        accuracy = result[f"{key}_accuracy"]
-        accuracy = "no labels" if accuracy is None else f"{accuracy:.4f}"
-        print(f"{name:12}{accuracy:>15}{result[f'{key}_fd']:>18.3f}{result[count]:>9}")
-    print(f"both distances are to {result['num_reference']} other images of {reference}; the judge is {judge_path}")
-    if result["num_real"] < len(images):
-        print(f"note: only {result['num_real']} images stand beside the samples; fewer give larger distances")
-    output = args.json or args.samples.with_name(args.samples.name.removesuffix(".npz") + ".json")
-    partial = output.with_name(output.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, output)
-    return result
+    others, real = split_reference(len(real_images), len(samples[0][0]))
+    statistics = features_statistics(run_judge(judge, num_classes, real_images, others)[0])
+    real_row = figures(judge, num_classes, real_images, real_labels, statistics, real)
+    rows = [figures(judge, num_classes, images, labels, statistics) for images, labels in samples]
+    names, counts = [path.name for path in args.samples] + ["real images"], [len(s[0]) for s in samples] + [len(real)]
+    width = max(map(len, names))
+    print(f"{'':{width}}   judge accuracy   Frechet distance   images")
+    for name, (accuracy, distance), count in zip(names, [*rows, real_row], counts):
+        accuracy = "no labels" if accuracy is None else f"{accuracy:.1%}"
+        print(f"{name:{width}}{accuracy:>17}{distance:>19.3f}{count:>9}")
+    print(f"distances are to {len(others)} other images of {reference}; the judge is {judge_path}")
+    if len(set(counts)) > 1:
+        print("note: fewer images give larger distances, so rows of different numbers of images do not compare")
+
+    results = [dict(judge_accuracy=accuracy, judge_fd=distance, real_accuracy=real_row[0], real_fd=real_row[1],
+                    num_samples=count, num_real=len(real), num_reference=len(others), reference=str(reference),
+                    judge=str(judge_path)) for (accuracy, distance), count in zip(rows, counts)]
+    for path, result in zip(args.samples, results):
+        output = path.with_name(path.name.removesuffix(".npz") + ".json")
+        partial = output.with_name(output.name + ".partial")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(partial, output)
+    return results
 
 
 if __name__ == "__main__":

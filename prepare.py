@@ -292,7 +292,8 @@ def train_teacher_and_judge(folder, patch_size, steps, judge_steps):
 
 def main(argv=None):
     """Prepare what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--images", type=Path, help="folder with one sub-folder per class, or with images only")
     parser.add_argument("--out", type=Path, help="data/NAME, or data/NAME/val for held-out images")
     parser.add_argument("--resolution", type=int, default=256, help="pixels a side after the crop [256]")

@@ -527,24 +527,14 @@ def generate(cfg, run):
 
 
 def report_toy(cfg, run):
-    """Sample 480 images without and with guidance, have them judged, and print a table with real images beside them."""
-    judged = []
-    for scale in (1.0, 2.0):
-        path = generate(replace(cfg, sample=480, ckpt=f"{cfg.out}/last.pt", cfg_scale=scale), run)
-        if run.rank == 0:
-            run_tool("evaluate.py", str(path), cfg.data)
-            judged.append(json.loads(path.with_suffix(".json").read_text()))
+    """Sample 480 images without and with guidance and have them judged beside real images."""
+    last = f"{cfg.out}/last.pt"
+    paths = [generate(replace(cfg, sample=480, ckpt=last, cfg_scale=scale), run) for scale in (1.0, 2.0)]
     if run.rank == 0:
-        plain, guided = judged
-        last = json.loads((Path(cfg.out) / "log.jsonl").read_text().splitlines()[-1])
-        accuracy = plain["judge_accuracy"], guided["judge_accuracy"], plain["real_accuracy"]
-        distance = plain["judge_fd"], guided["judge_fd"], plain["real_fd"]
-        print(f"""
-480 images each                       samples   guidance 2   real images
-judge sees the class asked for  {accuracy[0]:13.1%}{accuracy[1]:13.1%}{accuracy[2]:14.1%}
-Frechet distance to real images {distance[0]:13.2f}{distance[1]:13.2f}{distance[2]:14.2f}
-velocity loss {last["loss_velocity"]:.4f}, alignment cosine {-last["loss_proj"]:.3f} at step {last["step"]}
-look at {cfg.out}/preview-{last["step"]}.png""")
+        run_tool("evaluate.py", *map(str, paths), cfg.data)
+        line = json.loads((Path(cfg.out) / "log.jsonl").read_text().splitlines()[-1])
+        print(f"velocity loss {line['loss_velocity']:.4f}, alignment cosine {-line['loss_proj']:.3f} at step "
+              f"{line['step']}; look at {cfg.out}/preview-{line['step']}.png, a row per class")
 
 
 def main(argv=None):

@@ -2,12 +2,12 @@
 
     none      lambda 0: plain SiT
     aligned   lambda 0.5: REPA
-    shuffled  lambda 0.5 with the teacher's features of ANOTHER image of the batch: what is left without the image's content
+    shuffled  lambda 0.5 with the teacher's features of ANOTHER image of the batch: the control
 
     python tests/compare_alignment.py --seeds 0 1 2 --learning-rate 4e-3
 
-All arms of a seed see the same images, noise and times. At every 400 steps the EMA model draws 480 images, which the judge
-scores; training seconds are those of the log, teacher's forward pass included. Writes runs/compare/*.json and prints a table.
+All arms of a seed see the same images, noise and times. Every 400 steps the EMA model draws 480 images, which the judge
+scores; training seconds are the log's, the teacher's forward pass included. Writes runs/compare, prints a table.
 """
 import argparse
 import json
@@ -35,14 +35,15 @@ def run_arm(arm, seed, learning_rate):
     out = Path(f"runs/compare/{arm}-lr{learning_rate:g}-seed{seed}")
     common = ["--seed", str(seed), "--out", str(out), "--proj-coeff", str(ARMS[arm])]
     repa.repa_loss = shuffled_loss if arm == "shuffled" else true_loss
-    cfg = repa.parse([*common, "--learning-rate", str(learning_rate), "--keep-every", str(EVERY), "--preview-every", "0"])
+    cfg = repa.parse([*common, "--learning-rate", str(learning_rate), "--keep-every", str(EVERY),
+                      "--preview-every", "0"])
     repa.train(cfg, repa.setup(cfg))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     seconds = {line["step"]: cfg.batch_size * cfg.log_every / line["images_per_s"] for line in log}
     curve = []
     for step in range(EVERY, cfg.max_train_steps + 1, EVERY):
         repa.main(["--sample", "480", "--seed", "0", "--ckpt", str(out / f"ema-{step}.pt"), "--out", str(out)])
-        figures = evaluate.main([str(out / "samples.npz"), cfg.data])
+        [figures] = evaluate.main([str(out / "samples.npz"), cfg.data])
         curve.append(dict(step=step, seconds=sum(s for at, s in seconds.items() if at <= step), real=figures["real_fd"],
                           accuracy=figures["judge_accuracy"], distance=figures["judge_fd"]))
     return curve

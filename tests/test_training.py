@@ -328,7 +328,7 @@ def test_two_ranks_give_the_same_gradients(two_ranks, one_rank_gradients, job):
     a, b = (two_ranks.notes(job, rank)["gradients"] for rank in (0, 1))
     assert torch.equal(a[0], b[0])
     assert relative_error(a[0], one_rank_gradients[0]) < 1e-6
-    assert relative_error(a[2], one_rank_gradients[2]) < 1e-3  # after two optimiser steps: the same batch, not another
+    assert relative_error(a[2], one_rank_gradients[2]) < 1e-5  # and so do the steps after it
 
 
 def test_gradients_of_another_step_or_seed_differ(one_rank_gradients):
