@@ -46,9 +46,9 @@ from torch import distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import (SD_VAE_META, SIT_SIZES, PreparedData, SiT, SyntheticData, clean_input, fail, first_rank_first,
-                    image_randn, init_from, init_linear, interpolate, load_checkpoint, load_decoder, load_teacher,
-                    load_weights, lognormal_time, make_folder, micro_batches, mix_seed, sample, sample_npz,
+from common import (SD_VAE_META, SIT_SIZES, PreparedData, SiT, SyntheticData, clean_input, fail, first_line,
+                    first_rank_first, image_randn, init_from, init_linear, interpolate, load_checkpoint, load_decoder,
+                    load_teacher, load_weights, lognormal_time, make_folder, micro_batches, mix_seed, sample, sample_npz,
                     save_checkpoint, say, sit_from_weights, step_draws)
 
 
@@ -326,8 +326,8 @@ class Log:
         peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
         self.mfu_of_rate = flops_per_image / (run.world * peak) if peak else None
         if run.rank == 0 and self.path.exists() and not cfg.bench:  # a killed run may have logged beyond its last save
-            lines = [line for line in self.path.read_text().splitlines(True) if json.loads(line)["step"] <= first_step]
-            self.path.write_text("".join(lines))
+            lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
+            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
         self.bar = tqdm(total=cfg.max_train_steps, initial=first_step, unit="step", disable=True if run.rank else None)
         self.bad, self.sums, self.steps, self.clock = torch.zeros((), device=run.device), 0, 0, time.perf_counter()
 
@@ -533,8 +533,9 @@ def report_toy(cfg, run):
     if run.rank == 0:
         run_tool("evaluate.py", *map(str, paths), cfg.data)
         line = json.loads((Path(cfg.out) / "log.jsonl").read_text().splitlines()[-1])
-        print(f"velocity loss {line['loss_velocity']:.4f}, alignment cosine {-line['loss_proj']:.3f} at step "
-              f"{line['step']}; look at {cfg.out}/preview-{line['step']}.png, a row per class")
+        print(f"velocity loss {line['loss_velocity']:.4f}"
+              + f", alignment cosine {-line['loss_proj']:.3f}" * (cfg.proj_coeff > 0)
+              + f" at step {line['step']}; look at {cfg.out}/preview-{line['step']}.png, a row per class")
 
 
 def main(argv=None):
@@ -553,6 +554,8 @@ def main(argv=None):
             report_toy(cfg, run)
     except torch.OutOfMemoryError:
         fail(f"out of GPU memory: lower --micro-batch (now {run.micro_batch}); the global batch stays the same")
+    except OSError as error:  # a full disk, most likely
+        fail(f"{first_line(error)}; free some disk, or choose another --out, and repeat the command: it continues")
     except KeyboardInterrupt:
         fail("interrupted")
     finally:
