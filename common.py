@@ -662,18 +662,32 @@ def pixels_to_uint8(x):
 # ---------------------------------------------------------------------------------------------------------------------
 # Frozen teachers: vision transformers of timm, or the small one that `prepare.py teacher` trains beside a data set.
 # ---------------------------------------------------------------------------------------------------------------------
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TEACHERS = {  # --enc-type: timm model. DINOv2 sees 224 px of a 256 px image: its patches of 14 then match SiT's tokens
-    "dinov2-vit-s": "vit_small_patch14_dinov2.lvd142m",
-    "dinov2-vit-b": "vit_base_patch14_dinov2.lvd142m",
-    "dinov2-vit-l": "vit_large_patch14_dinov2.lvd142m",
-    "dinov2-vit-g": "vit_giant_patch14_dinov2.lvd142m",
-    "dinov2reg-vit-b": "vit_base_patch14_reg4_dinov2.lvd142m",
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of RGB in [0,1]
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# --enc-type: timm model; the size at which it sees 256 px, which makes its patches (14 or 16 px) match the 16x16 tokens
+# of SiT/2; mean and std; whether tokens are taken after the final norm. As in REPA's code, which lacks
+# its module for dinov1, though: the norm is our guess there.
+TEACHERS = {
+    "dinov2-vit-s": ("vit_small_patch14_dinov2.lvd142m", 224, IMAGENET, True),
+    "dinov2-vit-b": ("vit_base_patch14_dinov2.lvd142m", 224, IMAGENET, True),
+    "dinov2-vit-l": ("vit_large_patch14_dinov2.lvd142m", 224, IMAGENET, True),
+    "dinov2-vit-g": ("vit_giant_patch14_dinov2.lvd142m", 224, IMAGENET, True),
+    "dinov2reg-vit-s": ("vit_small_patch14_reg4_dinov2.lvd142m", 224, IMAGENET, True),
+    "dinov2reg-vit-b": ("vit_base_patch14_reg4_dinov2.lvd142m", 224, IMAGENET, True),
+    "dinov2reg-vit-l": ("vit_large_patch14_reg4_dinov2.lvd142m", 224, IMAGENET, True),
+    "dinov2reg-vit-g": ("vit_giant_patch14_reg4_dinov2.lvd142m", 224, IMAGENET, True),
+    "dinov1-vit-b": ("vit_base_patch16_224.dino", 256, IMAGENET, True),
+    "clip-vit-L": ("vit_large_patch14_clip_quickgelu_224.openai", 224, CLIP, False),
+    "mae-vit-l": ("vit_large_patch16_224.mae", 256, IMAGENET, False),
+    "jepa-vit-h": ("vit_huge_patch14_gap_224.in1k_ijepa", 224, IMAGENET, True),
 }
 
 
 class Teacher(nn.Module):
-    """Frozen vision transformer: images (B,H,W,3) uint8 to class token (B,K) and patch tokens (B,N,K), float32."""
+    """Frozen vision transformer: images (B,H,W,3) uint8 to class token (B,K) and patch tokens (B,N,K), float32.
+
+    A model without a class token (I-JEPA) gives the mean of its patch tokens: so its authors describe an image.
+    """
 
     def __init__(self, vit, mean, std, input_size):
         super().__init__()
@@ -690,20 +704,25 @@ class Teacher(nn.Module):
         return self.vit.patch_embed.grid_size[0]
 
     def preprocess(self, images):
-        """uint8 (B,H,W,3) to normalised pixels at the teacher's input size; bicubic without antialias, as REPA."""
+        """uint8 (B,H,W,3) to normalised pixels at the teacher's input size; bicubic without antialias, as REPA.
+
+        REPA resizes for CLIP before it normalises: the same up to rounding, for bicubic weights sum to 1.
+        """
         x = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
         return x if x.shape[-1] == self.input_size else F.interpolate(x, self.input_size, mode="bicubic")
 
     @torch.no_grad()
     def forward(self, images):
-        tokens = self.vit.forward_features(self.preprocess(images)).float()
-        return tokens[:, 0], tokens[:, self.vit.num_prefix_tokens:]
+        tokens = self.vit.forward_features(self.preprocess(images)).float()  # class token, registers, then patches
+        patches = tokens[:, self.vit.num_prefix_tokens:]
+        return tokens[:, 0] if self.vit.num_prefix_tokens else patches.mean(dim=1), patches
 
 
 def load_teacher(enc_type, resolution, path="", pretrained=True):
     """Teacher by name for images of `resolution` pixels, its weights from the hub or from a local file.
 
-    "prepared" reads the file that `prepare.py teacher` wrote; the other names are the keys of TEACHERS.
+    "prepared" reads the file that `prepare.py teacher` wrote; the other names are the keys of TEACHERS. A local file is
+    timm's or the original release of DINOv2, DINO, MAE or I-JEPA, or a state dict of OpenAI's or open_clip's CLIP.
     """
     import timm
     if enc_type == "prepared":
@@ -717,18 +736,28 @@ def load_teacher(enc_type, resolution, path="", pretrained=True):
         vit.load_state_dict(saved["model"])
         return Teacher(vit, [0.5] * 3, [0.5] * 3, resolution)
     if enc_type not in TEACHERS:
-        fail(f"unknown teacher {enc_type!r}; --enc-type is one of: prepared, {', '.join(TEACHERS)}")
-    size = 224 * resolution // 256
-    if path:
-        load_checkpoint(path)  # says clearly what is wrong with the file, before timm reads it
+        fail(f"unknown teacher {enc_type!r}; --enc-type is one of: prepared, {', '.join(TEACHERS)} (mocov3 is left "
+             f"out: timm has no weights of it)")
+    name, size, (mean, std), keep_norm = TEACHERS[enc_type]
+    if resolution % 16 or (resolution > 256 and not enc_type.startswith("dinov2")):  # the others learned at 224 px
+        fail(f"teacher {enc_type} is not for {resolution} px, but for multiples of 16 px up to 256 (dinov2: any)")
+    weights = load_checkpoint(path) if path else None  # first, because a large model takes a while to build
     try:
         with first_rank_first():
-            vit = timm.create_model(TEACHERS[enc_type], pretrained=pretrained, img_size=size, num_classes=0,
-                                    pretrained_cfg_overlay=dict(file=path) if path else None)
+            vit = timm.create_model(name, pretrained=pretrained and not path, img_size=size * resolution // 256,
+                                    num_classes=0)
     except (OSError, RuntimeError) as error:
-        fail(f"could not load {TEACHERS[enc_type]} {path} ({first_line(error)}); without internet, give a file of its "
-             f"weights by --teacher-ckpt FILE")
-    return Teacher(vit, IMAGENET_MEAN, IMAGENET_STD, size)
+        fail(f"could not load {name} ({first_line(error)}); without internet, give a file of its weights by "
+             f"--teacher-ckpt FILE")
+    if path:
+        try:  # official names to timm's, and the position table to this grid
+            weights = timm.models.vision_transformer.checkpoint_filter_fn(weights, vit)
+            vit.load_state_dict({key: value for key, value in weights.items() if not key.startswith("head.")})
+        except (RuntimeError, KeyError, IndexError, AttributeError, TypeError, ValueError) as error:  # another model's
+            fail(f"{path} does not hold the weights of {name}: {' '.join(str(error).split())[:200]}")
+    if not keep_norm:
+        vit.norm = nn.Identity()
+    return Teacher(vit, mean, std, vit.patch_embed.img_size[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

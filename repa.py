@@ -48,8 +48,8 @@ from tqdm import tqdm
 
 from common import (SD_VAE_META, SIT_SIZES, PreparedData, SiT, SyntheticData, clean_input, fail, first_line,
                     first_rank_first, image_randn, init_from, init_linear, interpolate, load_checkpoint, load_decoder,
-                    load_teacher, load_weights, lognormal_time, make_folder, micro_batches, mix_seed, sample, sample_npz,
-                    save_checkpoint, say, sit_from_weights, step_draws)
+                    load_teacher, load_weights, lognormal_time, make_folder, micro_batches, mix_seed, sample,
+                    sample_npz, save_checkpoint, say, sit_from_weights, step_draws)
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Config:
     path_type: Literal["linear", "cosine"] = "linear"     # interpolant
     weighting: Literal["uniform", "lognormal"] = "uniform"  # distribution of t
     enc_type: str = "dinov2-vit-b"                        # teacher; several with commas; prepared = DATA/teacher.pt
-    teacher_ckpt: str = ""                                # teacher weights from a file instead of the hub
+    teacher_ckpt: str = ""                                # teacher weights from files instead of the hub, with commas
     encoder_depth: int = 8                                # align after this block, counted from 1; the paper: 4 for B
     proj_coeff: float = 0.5                               # lambda; 0 = plain SiT without a teacher
     vae: Literal["ft-ema", "ft-mse"] = "ft-ema"           # SD-VAE that decodes samples
@@ -219,7 +219,6 @@ def setup(cfg):
         dist.init_process_group()  # NCCL for CUDA tensors, gloo for CPU tensors
     cfg.compile = kind == "cuda" if cfg.compile is None else cfg.compile
     cfg.precision = ("bf16" if kind == "cuda" else "fp32") if cfg.precision == "auto" else cfg.precision
-    torch.manual_seed(cfg.seed)
     autocast = functools.partial(torch.autocast, kind, torch.bfloat16, enabled=cfg.precision == "bf16")
     return SimpleNamespace(rank=rank, world=world, device=device, micro_batch=micro_batch,
                            accumulation=cfg.batch_size // (world * micro_batch), autocast=autocast)
@@ -378,9 +377,13 @@ class Log:
 def build(cfg, data, run):
     """The frozen teachers (none without a projection loss) and the student, on this rank's device."""
     names = cfg.enc_type.split(",") if cfg.proj_coeff else []
-    own = cfg.teacher_ckpt or f"{cfg.data}/teacher.pt"
-    teachers = [load_teacher(name, cfg.resolution, own if name == "prepared" else cfg.teacher_ckpt, not cfg.bench)
-                .to(run.device) for name in names]
+    files = cfg.teacher_ckpt.split(",") if cfg.teacher_ckpt else [""] * len(names)
+    if names and len(files) != len(names):
+        fail(f"--teacher-ckpt names {len(files)} files, --enc-type {len(names)} teachers: one file each, with commas")
+    files = [f"{cfg.data}/teacher.pt" if name == "prepared" and not file else file for name, file in zip(names, files)]
+    teachers = [load_teacher(name, cfg.resolution, file, not cfg.bench).to(run.device)
+                for name, file in zip(names, files)]
+    torch.manual_seed(cfg.seed)  # the student begins alike with any teacher, or none
     sizes = SIT_SIZES[cfg.model]
     if names and not 1 <= cfg.encoder_depth <= sizes["depth"]:
         fail(f"--encoder-depth {cfg.encoder_depth} is not among the {sizes['depth']} blocks of {cfg.model}")
@@ -534,8 +537,8 @@ def report_toy(cfg, run):
         run_tool("evaluate.py", *map(str, paths), cfg.data)
         line = json.loads((Path(cfg.out) / "log.jsonl").read_text().splitlines()[-1])
         print(f"velocity loss {line['loss_velocity']:.4f}"
-              + f", alignment cosine {-line['loss_proj']:.3f}" * (cfg.proj_coeff > 0)
-              + f" at step {line['step']}; look at {cfg.out}/preview-{line['step']}.png, a row per class")
+              + f", alignment cosine {-line['loss_proj']:.3f}" * (cfg.proj_coeff > 0) + f" at step {line['step']}"
+              + f"; look at {cfg.out}/preview-{line['step']}.png, a row per class" * (cfg.preview_every > 0))
 
 
 def main(argv=None):
