@@ -1,23 +1,31 @@
 """Prepare a data set: images in, one folder data/NAME of memory-mapped arrays out, which every script here reads.
 
-Images are decoded and cropped once; training only copies rows. Two classifiers of the set are trained apart: a vision
-teacher to align with, and a judge that says what samples show.
+Images are decoded, cropped and encoded once; training only copies rows. Two classifiers of the set are trained apart: a
+vision teacher to align with, and a judge that says what samples show.
 
-    python prepare.py --images DIR --out data/NAME --resolution 32 --vae none       image folder; a sub-folder = a class
+    python prepare.py --images DIR --out data/imagenet256                           image folder; a sub-folder = a class
+    torchrun --nproc_per_node=8 prepare.py --images DIR --out data/imagenet256      the same, by all GPUs of a machine
+    python prepare.py --from-repa DIR --out data/imagenet256                        REPA's folders images/ and vae-sd/
+    python prepare.py --images DIR --out data/NAME --resolution 32 --vae none       pixel space: no autoencoder
     python prepare.py --images DIR2 --out data/NAME/val --resolution 32 --vae none  optional: held-out images
     python prepare.py teacher --data data/NAME                                      teacher and judge of any set
     python prepare.py toy --out data/toy                                            the toy set with teacher and judge
 
 Written, under data/NAME.partial until complete (the same command continues a killed one): images.npy (N,H,W,3) uint8,
-labels.npy (N,) int64, meta.json and, for the toy, captions.json; teacher.pt, a timm VisionTransformer, and judge.pt,
-a CNN for evaluate.py; val/ with held-out images, labels and meta, the reference of evaluate.py.
+moments.npy (N,8,H/8,W/8) float16, the SD-VAE's mean and std, labels.npy (N,) int64, meta.json and, for the toy,
+captions.json; teacher.pt, a timm VisionTransformer, and judge.pt, a CNN for evaluate.py; val/ with held-out images,
+labels and meta, the reference of evaluate.py.
 """
 import argparse
+import datetime
 import functools
 import hashlib
+import itertools
 import json
+import math
 import os
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -26,13 +34,19 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch import distributed as dist
 from tqdm import tqdm
 
-from common import PreparedData, fail, save_checkpoint
+from common import (LATENT_SCALE, VAE_REPOS, PreparedData, fail, first_line, first_rank_first, load_vae, make_folder,
+                    save_checkpoint, say)
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+# What all bars share: one for all ranks, and in a log file a line a minute, for the time left.
+BAR = dict(disable=RANK > 0) | ({} if sys.stderr.isatty() else dict(mininterval=60, maxinterval=60))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Image folder -> data/NAME, which appears under its name only when it is complete
+# Images -> data/NAME, which appears under its name only when it is complete
 # ---------------------------------------------------------------------------------------------------------------------
 def read_meta(folder):
     """meta.json of a prepared data set."""
@@ -42,13 +56,15 @@ def read_meta(folder):
         fail(f"{folder} is not a prepared data set ({error}); prepare that first, --help shows how")
 
 
-def write_labels_and_meta(folder, labels, source, resolution, class_names, captions=None):
-    """Write all but the images."""
+def write_labels_and_meta(folder, labels, source, resolution, class_names, captions=None, vae="none"):
+    """Write all but images and moments."""
     np.save(folder / "labels.npy", np.asarray(labels, dtype=np.int64))
     if captions is not None:
         (folder / "captions.json").write_text(json.dumps(captions) + "\n")
     meta = dict(format=1, source=source, count=len(labels), resolution=resolution, num_classes=len(class_names),
                 class_names=class_names, vae=None, channels=3, latent_scale=1.0, latent_shift=0.0)
+    if vae != "none":
+        meta |= dict(vae=f"sd-vae-{vae}", channels=4, latent_scale=LATENT_SCALE)
     (folder / "meta.json").write_text(json.dumps(meta) + "\n")
 
 
@@ -85,54 +101,135 @@ def read_image(file, resolution):
         return str(error).split("\n")[0]
 
 
-def prepare_images(root, out, resolution, workers):
-    """Image folder `root` to the data set `out` in pixel space."""
-    files, labels, class_names = list_images(root)
+def list_repa(root):
+    """Pairs of files (image, moments), labels and class names of REPA's folders, paired in sorted order as there."""
+    def listed(part):
+        try:
+            labels = json.loads((root / part / "dataset.json").read_text())["labels"]
+            return sorted((str(root / part / name), int(label)) for name, label in labels)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fail(f"{root / part}/dataset.json lists no files and classes ({first_line(error)}); --from-repa wants the "
+                 f"folder of REPA's preprocessing that holds images/ and vae-sd/")
+    pairs = list(itertools.zip_longest(listed("images"), listed("vae-sd"), fillvalue=("no file", None)))
+    for (image, label), (moments, moments_label) in pairs:
+        if label != moments_label:
+            fail(f"{image} (class {label}) and {moments} (class {moments_label}) should be a pair: preprocess again")
+    labels = np.array([label for (_, label), _ in pairs])
+    class_names = [str(i) for i in range(max(labels, default=-1) + 1)]  # all that the format keeps of them
+    return [(image, moments) for (image, _), (moments, _) in pairs], labels, class_names
+
+
+def read_pair(pair, resolution):
+    """Pair of list_repa to arrays (R,R,3) and (8,R/8,R/8), or to a line that says what is wrong with a file."""
+    arrays, shapes = [], ((resolution, resolution, 3), (8, resolution // 8, resolution // 8))
+    for file, shape in zip(pair, shapes):
+        try:
+            arrays.append(np.load(file) if file.endswith(".npy") else np.array(Image.open(file)))
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            return f"{file} cannot be read ({first_line(error)}): preprocess again"
+        if arrays[-1].shape != shape:
+            return f"{file} has shape {arrays[-1].shape}, not {shape}: give its --resolution, or preprocess again"
+    if not (abs(arrays[1]).max() < 65504 and arrays[1][4:].min() >= 0):  # some codes store the log-variance
+        return f"{pair[1]} holds no mean and std, or none that float16 can hold: preprocess again"
+    return arrays
+
+
+@torch.inference_mode()
+def encode_images(vae, images, moments, done, batch=8):
+    """Fill moments (N,8,h,w), the mean and std of images (N,R,R,3), where done (N,) does not say that they are there.
+
+    Batches are the same rows for ever, so neither a kill nor the number of ranks changes a bit. fp32; on CUDA PyTorch's
+    default rounds what enters a convolution to TF32, as in REPA's own preprocessing and as finely as float16.
+    """
+    device = f"cuda:{RANK % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    vae.to(device)
+    todo = [slice(i, i + batch) for i in range(RANK * batch, len(images), WORLD * batch) if not done[i:i + batch].all()]
+    for rows in tqdm(todo, "moments", unit="img", unit_scale=batch, **BAR):
+        x = torch.from_numpy(images[rows]).to(device).permute(0, 3, 1, 2) / 127.5 - 1  # (B,3,R,R) in [-1,1]
+        encoded = torch.cat(vae.encode(x), dim=1).half()
+        if not encoded.isfinite().all():
+            raise SystemExit("error: the VAE gives a mean or std that is not finite in float16: is its file right?")
+        moments[rows], done[rows] = encoded.cpu().numpy(), True
+
+
+def prepare_images(args):
+    """Image folder args.images, or REPA's folders in args.from_repa, to the data set args.out; by all ranks."""
+    root, out, resolution = args.from_repa or args.images, args.out, args.resolution
+    files, labels, class_names = list_repa(root) if args.from_repa else list_images(root)
     if out.name == "val":
-        meta = read_meta(out.parent)
-        if (class_names, resolution) != (meta["class_names"], meta["resolution"]):
+        meta, numbers = read_meta(out.parent), [str(i) for i in range(len(class_names))]  # the names of --from-repa
+        if meta["class_names"] not in (class_names, numbers) or resolution != meta["resolution"]:
             fail(f"{root} and {out.parent} must have the same classes, and the same --resolution {meta['resolution']}")
-    need = len(files) * resolution**2 * 3
-    print(f"{root}: {len(files)} images in {len(class_names)} classes; {out} needs {need / 1e9:.3f} GB of disk")
+    plan, vae = hashlib.sha256(repr((resolution, args.vae == "none", files)).encode()), None
+    if args.images and args.vae != "none":
+        vae = load_vae(args.vae, args.vae_ckpt)  # before all else, so that a wrong file shows now
+        for weight in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
+            plan.update(weight.numpy())
+    shapes = dict(images=(np.uint8, (len(files), resolution, resolution, 3)))
+    if args.vae != "none":
+        shapes["moments"] = np.float16, (len(files), 8, resolution // 8, resolution // 8)
+    need = sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in shapes.values())
+    say(f"{root}: {len(files)} images in {len(class_names)} classes; {out} needs {need / 1e9:.3f} GB of disk")
 
-    # done-*.npy (N,) says which rows are there, and by its name for which files: a killed run goes on where it stopped.
+    # done-*.npy (N,2) says which images and which moments are there, and by its name of what: a killed run goes on.
     folder = out.with_name(out.name + ".partial")
-    plan = hashlib.sha256(repr((resolution, files)).encode()).hexdigest()
-    images_file, done_file = folder / "images.npy", folder / f"done-{plan}.npy"
-    if not done_file.is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if need > shutil.disk_usage(folder.parent).free:  # a memory map on a full disk dies by a signal, so ask before
-            fail(f"{folder.parent} does not have so many GB free; free some, or give --out on another disk")
-        folder.mkdir()
-        np.lib.format.open_memmap(images_file, "w+", np.uint8, (len(files), resolution, resolution, 3))
-        np.save(done_file, np.zeros(len(files), dtype=bool))
-    images, done = np.load(images_file, mmap_mode="r+"), np.load(done_file, mmap_mode="r+")
+    done_file = folder / f"done-{plan.hexdigest()}.npy"
+    with first_rank_first():
+        if not done_file.is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            make_folder(folder.parent)
+            if need > shutil.disk_usage(folder.parent).free:  # a memory map on a full disk dies by a signal: ask before
+                fail(f"{folder.parent} does not have so many GB free; free some, or give --out on another disk")
+            make_folder(folder)
+            for name, (dtype, shape) in shapes.items():
+                np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
+            np.save(done_file, np.zeros((len(files), 2), dtype=bool))
+        done, *arrays = [np.load(file, "r+") for file in (done_file, *(folder / f"{name}.npy" for name in shapes))]
+        if done.any():
+            say(f"resuming: {done[:, 0].sum()} of {len(files)} images are there already, {done[:, 1].sum()} encoded")
 
-    todo = np.flatnonzero(~done)
-    if done.any():
-        print(f"resuming: {done.sum()} of {len(files)} images are there already")
-    decoded = torch.utils.data.DataLoader(files, None, sampler=todo, num_workers=workers,
-                                          collate_fn=functools.partial(read_image, resolution=resolution))
-    for i, image in tqdm(zip(todo, decoded), "images", len(files), initial=len(files) - len(todo), disable=None):
-        if isinstance(image, str):
-            tqdm.write(f"unreadable, left out: {files[i]!r} ({image})")  # !r: names on disk may be no valid text
+    todo = [i for i in range(RANK, len(files), WORLD) if not done[i, 0]]  # whose an image is depends on its number only
+    read = functools.partial(read_pair if args.from_repa else read_image, resolution=resolution)
+    loader = torch.utils.data.DataLoader(files, None, sampler=todo, num_workers=args.workers, collate_fn=read)
+    for i, parts in tqdm(zip(todo, loader), "images", len(todo), unit="img", **BAR):
+        if not isinstance(parts, str):
+            for array, part in zip(arrays, parts if args.from_repa else [parts]):
+                array[i] = part
+            done[i] = True, args.from_repa is not None  # now; the page cache keeps all when the process is killed
+        elif args.from_repa:
+            raise SystemExit(f"error: {parts}")
         else:
-            images[i], done[i] = image, True  # in this order; the page cache keeps both when the process is killed
+            tqdm.write(f"unreadable, left out: {files[i]!r} ({parts})")  # !r: names on disk may be no valid text
+    if WORLD > 1:
+        dist.barrier()  # a batch to encode holds images of several ranks
+    if vae is not None:
+        encode_images(vae, *arrays, done[:, 1])
+    if WORLD > 1:
+        dist.barrier()
+    if RANK > 0:
+        return
 
-    kept = np.flatnonzero(done)
+    # One process leaves out what could not be read, writes the rest, and gives the folder its name.
+    kept = np.flatnonzero(done[:, 0])
     if len(kept) == 0:
         fail(f"none of the {len(files)} files in {root} could be read")
-    if len(kept) < len(files):
-        compact = np.lib.format.open_memmap(folder / "compact.npy", "w+", np.uint8, (len(kept), *images.shape[1:]))
-        for i, row in enumerate(tqdm(kept, "leaving out unreadable images", disable=None)):
-            compact[i] = images[row]
+    if left_out := len(files) - len(kept):
+        if need > shutil.disk_usage(folder).free:
+            fail(f"leaving out {left_out} unreadable images takes {need / 1e9:.3f} GB more for a while: free them")
+        for name, array in zip(shapes, arrays):
+            shape = (len(kept), *array.shape[1:])
+            compact = np.lib.format.open_memmap(folder / f"{name}.tmp", "w+", array.dtype, shape)
+            for i, row in enumerate(tqdm(kept, f"{name} without {left_out} unreadable ones", **BAR)):
+                compact[i] = array[row]
         done_file.unlink()  # from here on a kill means starting again: rows are no longer files
-        os.replace(folder / "compact.npy", images_file)
-    write_labels_and_meta(folder, labels[kept], str(root), resolution, class_names)
-    done_file.unlink(missing_ok=True)
+        for name in shapes:
+            os.replace(folder / f"{name}.tmp", folder / f"{name}.npy")
+    write_labels_and_meta(folder, labels[kept], str(root), resolution, class_names, None, args.vae)
+    PreparedData(folder, resolution)  # as every script opens it: counts and shapes are right
     os.replace(folder, out)
-    print(f"{out}: {len(kept)} images, {len(class_names)} classes")
+    (out / done_file.name).unlink(missing_ok=True)  # last: nothing is lost by a kill before it
+    print(f"{out}: {len(kept)} images, {len(class_names)} classes"
+          + f"; {left_out} unreadable ones, named above, are left out" * bool(left_out))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,10 +392,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--images", type=Path, help="folder with one sub-folder per class, or with images only")
+    parser.add_argument("--from-repa", type=Path, help="instead: folder that holds images/ and vae-sd/ of REPA")
     parser.add_argument("--out", type=Path, help="data/NAME, or data/NAME/val for held-out images")
     parser.add_argument("--resolution", type=int, default=256, help="pixels a side after the crop [256]")
-    parser.add_argument("--vae", default="ft-mse", help="autoencoder of the latents; only none (pixels) for now")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes; 0: none besides this")
+    parser.add_argument("--vae", default="ft-mse", choices=[*VAE_REPOS, "none"], help="SD-VAE; none: pixels [ft-mse]")
+    parser.add_argument("--vae-ckpt", default="", help="its diffusion_pytorch_model.safetensors, without internet")
+    parser.add_argument("--workers", type=int, default=max(1, min(8, os.cpu_count() // WORLD)),
+                        help="processes that decode, per rank; 0: none besides")
     forms = parser.add_subparsers(dest="form", title="other forms")
     toy = forms.add_parser("toy", help="the toy set, its teacher and judge")
     toy.add_argument("--out", type=Path, default=Path("data/toy"))
@@ -315,13 +415,19 @@ def main(argv=None):
             fail(f"--{flag.replace('_', '-')} must be at least {least}")
     if args.form != "teacher" and args.out and args.out.exists():
         fail(f"{args.out} exists already; give another --out, or remove it first")
+    if WORLD > 1 and (args.form or WORLD != int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))):
+        fail("torchrun: only on one machine, and not with toy or teacher; there, python prepare.py is enough")
     if args.form == "toy":
         return prepare_toy(args.out)
     if args.form == "teacher":
         return train_teacher_and_judge(args.data, args.patch_size, args.steps, args.judge_steps)
-    if args.images is None or args.out is None or args.vae != "none":
-        fail("give --images DIR --out data/NAME --vae none (only pixel space for now), or a form: toy, teacher")
-    prepare_images(args.images, args.out, args.resolution, args.workers)
+    if not args.out or bool(args.images) == bool(args.from_repa):
+        fail("give --images DIR --out data/NAME, or --from-repa DIR --out data/NAME, or a form: toy, teacher")
+    if args.vae != "none" and args.resolution % 8:
+        fail(f"--resolution {args.resolution} is no multiple of 8, the pixels per latent: take one, or --vae none")
+    if WORLD > 1:  # to wait for each other, however long
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    prepare_images(args)
 
 
 if __name__ == "__main__":
@@ -329,3 +435,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail("interrupted; the same command continues")
+    except OSError as error:  # a full disk, most likely
+        fail(f"{first_line(error)}; the same command continues when there is room")
