@@ -17,18 +17,10 @@ from PIL import Image
 import evaluate
 import prepare
 from golden_utils import Fixture
+from test_evaluate import error_of
 
 GOLDEN = Fixture("metrics")
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def error_of(*arguments):
-    """The one-line message with which evaluate.py stops."""
-    with pytest.raises(SystemExit) as caught:
-        evaluate.main([str(argument) for argument in arguments])
-    message = str(caught.value)
-    assert message.startswith("error: ") and "\n" not in message
-    return message
 
 
 def random_images(count, size=32, seed=0):
