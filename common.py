@@ -7,6 +7,7 @@ Conventions, the same in all files (they are REPA's; the SiT paper's own time ru
 There is no training loop, no loss of a method and no command line here.
 """
 import contextlib
+import datetime
 import functools
 import itertools
 import json
@@ -14,6 +15,9 @@ import math
 import os
 import pickle
 import signal
+import subprocess
+import sys
+import time
 from collections import OrderedDict
 from pathlib import Path
 
@@ -143,8 +147,18 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+def rotate(q, rope):
+    """Rotary position embedding: turn neighbouring channels of q (B,heads,N,d) by the angles in rope.
+
+    rope = cos, sin, each (N,d/2): how the positions make the angles differs between methods, so their scripts say it.
+    """
+    cos, sin = rope
+    even, odd = q[..., 0::2], q[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(q.dtype)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens (B,N,D)."""
+    """Multi-head self-attention over tokens (B,N,D), with rotary positions if they are given."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -152,9 +166,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, h):
+    def forward(self, h, rope=None):
         B, N, D = h.shape
         q, k, v = self.qkv(h).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B,heads,N,D/heads)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
         h = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(D/heads)) v
         return self.proj(h.transpose(1, 2).reshape(B, N, D))
 
@@ -182,9 +198,9 @@ class SiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = FP32Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, h, c):
+    def forward(self, h, c, rope=None):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)  # each (B,D)
-        h = h + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(h), shift_a, scale_a))
+        h = h + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(h), shift_a, scale_a), rope)
         return h + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(h), shift_m, scale_m))
 
 
@@ -402,13 +418,14 @@ LAST_SDE_STEP = 0.04  # the SDE's last step, 0.04 -> 0, adds no noise (SiT and R
 
 @torch.no_grad()
 def sample(model, noise, y, y_null, *, mode="ode", num_steps=50, heun=False, path_type="linear",
-           cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0, randn=None):
+           cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0, randn=None, times=None):
     """Integrate v = model(x, t, y) from noise to data; returns what `noise` is: a tensor (B,...) or a tuple of tensors.
 
     A tuple is one joint state (an image and its class token, say), with one guidance scale each. y and y_null (B,...)
     are the condition and the null condition; guidance v_null + cfg_scale (v - v_null) acts for guidance_low <= t <=
     guidance_high where the first scale is above 1, and outside the network runs on the conditional half only.
     randn(*shape) -> (B,*shape) gives the SDE's noise. Network evaluations: Euler num_steps, Heun 2 num_steps - 1.
+    `times`, falling to 0, replaces the even grid of num_steps steps.
     """
     is_tuple = isinstance(noise, tuple)
     states = noise if is_tuple else (noise,)
@@ -433,12 +450,12 @@ def sample(model, noise, y, y_null, *, mode="ode", num_steps=50, heun=False, pat
         t = torch.tensor(t, dtype=dtype, device=device)
         return [v - t * velocity_to_score(v, x, t, path_type) for v, x in zip(velocities, states)]
 
-    if mode == "ode":
+    if times is None and mode == "ode":
         times = np.linspace(1, 0, num_steps + 1).tolist()
-    else:
+    elif times is None:
         times = np.linspace(1, LAST_SDE_STEP, num_steps).tolist() + [0.0]
-    for step, (t, t_next) in enumerate(zip(times, times[1:])):
-        dt, last = t_next - t, step == num_steps - 1
+    for t, t_next in zip(times, times[1:]):
+        dt, last = t_next - t, t_next == times[-1]
         guided = scales[0] > 1 and guidance_low <= t <= guidance_high
         kicks = [0.0] * len(states)
         if mode == "sde" and not last:
@@ -865,3 +882,91 @@ def clean_input(batch, meta, noise):
         return batch["images"].permute(0, 3, 1, 2).float() / 127.5 - 1
     mean, std = batch["moments"].float().chunk(2, dim=1)
     return (mean + std * noise) * meta["latent_scale"] + meta["latent_shift"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Around a long run: the tools it calls, the signal that ends it, the log it writes.
+# ---------------------------------------------------------------------------------------------------------------------
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by the vendor
+
+
+def run_tool(*command):
+    """Run prepare.py or evaluate.py as a user would, printing the command."""
+    print("$ python", *command, flush=True)
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if code := subprocess.run([sys.executable, Path(__file__).with_name(command[0]), *command[1:]], env=env).returncode:
+        raise SystemExit(code)
+
+
+def catch_stop(run):
+    """stop(step): has Ctrl-C or SIGTERM reached any rank? All must leave at the same step, so they compare every 10."""
+    asked = torch.tensor(0)  # on the CPU: comparing does not wait for the GPU
+
+    def handle(number, frame):
+        asked.fill_(number)
+        if run.world == 1:
+            signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends it at once
+
+    def stop(step):
+        if run.world > 1 and step % 10 == 0:
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return int(asked) if run.world == 1 or step % 10 == 0 else 0
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return stop
+
+
+class Log:
+    """Progress bar and log.jsonl of rank 0. Sums stay on the device between log points: no step waits for a number."""
+
+    def __init__(self, cfg, run, first_step, flops_per_image):
+        self.cfg, self.run, self.path = cfg, run, Path(cfg.out) / "log.jsonl"
+        name = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
+        peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+        self.mfu_of_rate = flops_per_image / (run.world * peak) if peak else None
+        if run.rank == 0 and self.path.exists() and not cfg.bench:  # a killed run may have logged beyond its last save
+            lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
+            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
+        self.bar = tqdm(total=cfg.max_train_steps, initial=first_step, unit="step", disable=True if run.rank else None)
+        self.bad, self.sums, self.steps, self.clock = torch.zeros((), device=run.device), 0, 0, time.perf_counter()
+
+    def add(self, finite, **terms):
+        """Add one step's scalars; what a skipped step computed is left out."""
+        self.names, values = list(terms), torch.stack([*terms.values(), torch.ones_like(self.bad)])
+        self.sums, self.steps = self.sums + torch.where(finite, values, 0), self.steps + 1
+        self.bad = (self.bad + 1) * (~finite | (terms["grad_norm"] == 0))  # steps in a row without a usable gradient
+        self.bar.update()
+
+    @contextlib.contextmanager
+    def pause(self):
+        """What happens inside (saving, a preview) is no training time."""
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
+
+    def write(self, step):
+        """Reduce over ranks, once, and write a line; stop after three steps in a row without a usable gradient."""
+        values = torch.cat([self.sums, self.bad[None]]) / self.run.world
+        if self.run.world > 1:
+            dist.all_reduce(values)
+        *sums, used, bad = values.tolist()  # the only wait for the device between log points
+        seconds = (time.perf_counter() - self.clock) / self.steps
+        line = {name: value / max(used, 1) for name, value in zip(self.names, sums)}
+        line |= dict(skipped=self.steps - round(used), images_per_s=self.cfg.batch_size / seconds)
+        if self.mfu_of_rate:
+            line |= dict(mfu=line["images_per_s"] * self.mfu_of_rate)
+        if self.run.device.type == "cuda":
+            line |= dict(memory_gb=torch.cuda.max_memory_allocated() / 1e9)
+        text = ", ".join(f"{name} {value:.4g}" for name, value in line.items() if value or name != "skipped")
+        self.bar.set_postfix_str(text)
+        if self.run.rank == 0 and self.bar.disable:  # no terminal: plain lines
+            left = datetime.timedelta(seconds=round(seconds * (self.cfg.max_train_steps - step)))
+            print(f"step {step}/{self.cfg.max_train_steps}: {text}, {left} left", flush=True)
+        if self.run.rank == 0 and not self.cfg.bench:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(dict(step=step) | {n: float(f"{v:.6g}") for n, v in line.items()}) + "\n")
+        if bad >= 3:
+            fail(f"no usable gradient (zero or not finite) in the last {bad:.0f} steps, at step {step}; {self.cfg.out} "
+                 f"keeps the checkpoint from before: try a lower --learning-rate, or --precision fp32")
+        self.sums, self.steps, self.clock = 0, 0, time.perf_counter()

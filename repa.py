@@ -23,17 +23,13 @@ resumed run goes on with the same images and noise; the losses are vectorised (e
 """
 import argparse
 import copy
-import datetime
 import functools
 import inspect
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,12 +40,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
-from common import (SD_VAE_META, SIT_SIZES, PreparedData, SiT, SyntheticData, clean_input, fail, first_line,
-                    first_rank_first, image_randn, init_from, init_linear, interpolate, load_checkpoint, load_decoder,
-                    load_teacher, load_weights, lognormal_time, make_folder, micro_batches, mix_seed, sample,
-                    sample_npz, save_checkpoint, say, sit_from_weights, step_draws)
+from common import (SD_VAE_META, SIT_SIZES, Log, PreparedData, SiT, SyntheticData, catch_stop, clean_input, fail,
+                    first_line, first_rank_first, image_randn, init_from, init_linear, interpolate, load_checkpoint,
+                    load_decoder, load_teacher, load_weights, lognormal_time, make_folder, micro_batches, mix_seed,
+                    run_tool, sample, sample_npz, save_checkpoint, say, sit_from_weights, step_draws)
 
 
 @dataclass
@@ -104,6 +99,13 @@ RECIPES = {  # by the beginning of the model's name
     "SiT-S": dict(encoder_depth=4),
     "SiT-B": dict(encoder_depth=4),
 }
+# What may change between a run and its continuation: how it is carried out, not what it computes.
+BOOKKEEPING = ("data out micro_batch max_train_steps teacher_ckpt vae vae_ckpt compile workers log_every save_every "
+               "keep_every preview_every ckpt sample labels mode num_steps heun cfg_scale guidance_low guidance_high "
+               "bench").split()
+RANGES = [("resolution batch_size max_train_steps log_every save_every num_steps cfg_scale projector_dim", 1, 1e12),
+          ("micro_batch learning_rate proj_coeff seed workers keep_every preview_every sample bench", 0, 1e12),
+          ("ema_decay cfg_prob guidance_low guidance_high", 0, 1), ("max_grad_norm", 1e-12, 1e12)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,16 +157,6 @@ def repa_loss(model, x, t, noise, y, zs, path_type="linear"):
 # ---------------------------------------------------------------------------------------------------------------------
 # Plumbing: the same in every script (tests/test_copies.py compares; `--sync repa.py` copies this version to the others)
 # ---------------------------------------------------------------------------------------------------------------------
-# What may change between a run and its continuation: how it is carried out, not what it computes.
-BOOKKEEPING = ("data out micro_batch max_train_steps teacher_ckpt vae vae_ckpt compile workers log_every save_every "
-               "keep_every preview_every ckpt sample labels mode num_steps heun cfg_scale guidance_low guidance_high "
-               "bench").split()
-RANGES = (("resolution batch_size max_train_steps log_every save_every num_steps cfg_scale projector_dim", 1, 1e12),
-          ("micro_batch learning_rate proj_coeff seed workers keep_every preview_every sample bench", 0, 1e12),
-          ("ema_decay cfg_prob guidance_low guidance_high", 0, 1), ("max_grad_norm", 1e-12, 1e12))
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by the vendor
-
-
 def parse(argv):
     """Config from the command line: every field is a flag, its comment the help; the model picks the recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -222,14 +214,6 @@ def setup(cfg):
     autocast = functools.partial(torch.autocast, kind, torch.bfloat16, enabled=cfg.precision == "bf16")
     return SimpleNamespace(rank=rank, world=world, device=device, micro_batch=micro_batch,
                            accumulation=cfg.batch_size // (world * micro_batch), autocast=autocast)
-
-
-def run_tool(*command):
-    """Run prepare.py or evaluate.py as a user would, printing the command."""
-    print("$ python", *command, flush=True)
-    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    if code := subprocess.run([sys.executable, Path(__file__).with_name(command[0]), *command[1:]], env=env).returncode:
-        raise SystemExit(code)
 
 
 def compile_blocks(model, cfg):
@@ -295,80 +279,6 @@ def save_run(cfg, name, step, meta, **parts):
     """Write a checkpoint of these parts (model, ema, optimizer) into cfg.out; nothing random is in it."""
     state = {part: value.state_dict() for part, value in parts.items()}
     save_checkpoint(Path(cfg.out) / name, state | dict(step=step, config=asdict(cfg), data=meta))
-
-
-def catch_stop(run):
-    """stop(step): has Ctrl-C or SIGTERM reached any rank? All must leave at the same step, so they compare every 10."""
-    asked = torch.tensor(0)  # on the CPU: comparing does not wait for the GPU
-
-    def handle(number, frame):
-        asked.fill_(number)
-        if run.world == 1:
-            signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends it at once
-
-    def stop(step):
-        if run.world > 1 and step % 10 == 0:
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return int(asked) if run.world == 1 or step % 10 == 0 else 0
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-    return stop
-
-
-class Log:
-    """Progress bar and log.jsonl of rank 0. Sums stay on the device between log points: no step waits for a number."""
-
-    def __init__(self, cfg, run, first_step, flops_per_image):
-        self.cfg, self.run, self.path = cfg, run, Path(cfg.out) / "log.jsonl"
-        name = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
-        peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
-        self.mfu_of_rate = flops_per_image / (run.world * peak) if peak else None
-        if run.rank == 0 and self.path.exists() and not cfg.bench:  # a killed run may have logged beyond its last save
-            lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
-        self.bar = tqdm(total=cfg.max_train_steps, initial=first_step, unit="step", disable=True if run.rank else None)
-        self.bad, self.sums, self.steps, self.clock = torch.zeros((), device=run.device), 0, 0, time.perf_counter()
-
-    def add(self, finite, **terms):
-        """Add one step's scalars; what a skipped step computed is left out."""
-        self.names, values = list(terms), torch.stack([*terms.values(), torch.ones_like(self.bad)])
-        self.sums, self.steps = self.sums + torch.where(finite, values, 0), self.steps + 1
-        self.bad = (self.bad + 1) * (~finite | (terms["grad_norm"] == 0))  # steps in a row without a usable gradient
-        self.bar.update()
-
-    @contextmanager
-    def pause(self):
-        """What happens inside (saving, a preview) is no training time."""
-        start = time.perf_counter()
-        yield
-        self.clock += time.perf_counter() - start
-
-    def write(self, step):
-        """Reduce over ranks, once, and write a line; stop after three steps in a row without a usable gradient."""
-        values = torch.cat([self.sums, self.bad[None]]) / self.run.world
-        if self.run.world > 1:
-            dist.all_reduce(values)
-        *sums, used, bad = values.tolist()  # the only wait for the device between log points
-        seconds = (time.perf_counter() - self.clock) / self.steps
-        line = {name: value / max(used, 1) for name, value in zip(self.names, sums)}
-        line |= dict(skipped=self.steps - round(used), images_per_s=self.cfg.batch_size / seconds)
-        if self.mfu_of_rate:
-            line |= dict(mfu=line["images_per_s"] * self.mfu_of_rate)
-        if self.run.device.type == "cuda":
-            line |= dict(memory_gb=torch.cuda.max_memory_allocated() / 1e9)
-        text = ", ".join(f"{name} {value:.4g}" for name, value in line.items() if value or name != "skipped")
-        self.bar.set_postfix_str(text)
-        if self.run.rank == 0 and self.bar.disable:  # no terminal: plain lines
-            left = datetime.timedelta(seconds=round(seconds * (self.cfg.max_train_steps - step)))
-            print(f"step {step}/{self.cfg.max_train_steps}: {text}, {left} left", flush=True)
-        if self.run.rank == 0 and not self.cfg.bench:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(dict(step=step) | {n: float(f"{v:.6g}") for n, v in line.items()}) + "\n")
-        if bad >= 3:
-            fail(f"no usable gradient (zero or not finite) in the last {bad:.0f} steps, at step {step}; {self.cfg.out} "
-                 f"keeps the checkpoint from before: try a lower --learning-rate, or --precision fp32")
-        self.sums, self.steps, self.clock = 0, 0, time.perf_counter()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

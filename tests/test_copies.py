@@ -72,8 +72,8 @@ def sync(pattern, scripts):
 
 
 def test_the_plumbing_is_found():
-    assert {"parse", "setup", "update_ema", "restore", "Log", "BOOKKEEPING"} <= set(plumbing(PATTERN))
-    assert not {"Config", "train", "main", "repa_loss"} & set(plumbing(PATTERN))
+    assert {"parse", "setup", "update_ema", "restore", "save_run"} <= set(plumbing(PATTERN))
+    assert not {"Config", "RECIPES", "train", "main", "repa_loss"} & set(plumbing(PATTERN))
 
 
 @of_scripts
@@ -86,17 +86,17 @@ def test_plumbing_is_the_same(script):
 def test_sync(tmp_path, capsys):
     same, other = tmp_path / "same.py", tmp_path / "other.py"
     lines, found = pieces(PATTERN)
-    del lines[found["PEAK_FLOPS"]]  # what a script does not have is not forced on it
+    del lines[found["parallelise"]]  # what a script does not have is not forced on it
     wanted = "\n".join(lines).replace("def repa_loss(", "def other_loss(").encode()
     other.write_bytes(wanted)
     lines, found = pieces(other)
-    for name in ("BOOKKEEPING", "update_ema", "catch_stop"):
+    for name in ("setup", "update_ema"):
         lines[found[name].stop - 1] += "  # mine"
-    lines.insert(found["Log"].start, "# a comment that stands on Log")
+    lines.insert(found["save_run"].start, "# a comment that stands on it")
     lines.insert(found["restore"].start + 1, "    # a longer piece,\n\n    # with an empty line")
     other.write_bytes("\n".join(lines).encode())
     same.write_bytes(PATTERN.read_bytes())
-    written, names = same.stat().st_mtime_ns, ["BOOKKEEPING", "update_ema", "restore", "catch_stop", "Log"]
+    written, names = same.stat().st_mtime_ns, ["setup", "update_ema", "restore", "save_run"]
     assert drifted(PATTERN, same) == [] and drifted(PATTERN, other) == names
 
     sync(PATTERN, [same, other])
