@@ -51,7 +51,7 @@ def make_data(folder, classes=CLASSES, teacher=True, latent=False):
     if teacher:
         from timm.models.vision_transformer import VisionTransformer
         torch.manual_seed(0)
-        config = dict(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, num_classes=0)
+        config = dict(img_size=16, patch_size=4, embed_dim=32, depth=4, num_heads=4, num_classes=0)
         weights = VisionTransformer(**config).state_dict()
         torch.save(dict(config=config, model=weights, resolution=16), folder / "teacher.pt")
     return folder

@@ -1,9 +1,11 @@
-"""Runs of repa.py that note what the tests compare: in the tests' own process, and by torchrun on two ranks.
+"""Runs of a script that note what the tests compare: in the tests' own process, and by torchrun on two ranks.
 
     torchrun --nproc_per_node=2 tests/two_ranks.py FOLDER      # does the jobs of FOLDER/jobs.json one after the other,
                                                                # writes what `record` returns to FOLDER/<job>-<rank>.pt
-A job is {"args": the command line, "poison": {"ranks": [...], "steps": [...]}}; the second is optional.
+A job is {"script": "repa", "args": the command line, "poison": {"ranks": [...], "steps": [...]}}; only args must be there.
 """
+import contextlib
+import importlib
 import json
 import os
 import sys
@@ -14,8 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from torch import distributed as dist  # noqa: E402
 
-import repa  # noqa: E402
-
 KEPT_STEPS = 3  # gradients are kept of this many steps
 
 
@@ -23,15 +23,15 @@ def flat(tensors):
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
-def record(args, poison=None):
-    """repa.main(args), with notes: its first gradients, what every poisoned step did, and when it called all_reduce.
+def record(args, poison=None, script="repa"):
+    """The script's main(args), with notes: its first gradients, what every poisoned step did, when it called all_reduce.
 
-    poison: at these steps (1 is the first that this process makes) of these ranks the loss is not a number.
+    poison: at these steps (1 is the first that this process makes) of these ranks REPA's loss is not a number.
     `reductions` holds one entry per dist.all_reduce: the number of steps made by then.
     """
-    poison = poison or dict(ranks=[], steps=[])
+    script, poison = importlib.import_module(script), poison or dict(ranks=[], steps=[])
     notes = dict(gradients=[], poisoned=[], reductions=[], steps=0, exit=None)
-    step, loss, all_reduce = repa.optimizer_step, repa.repa_loss, dist.all_reduce
+    step, all_reduce = script.optimizer_step, dist.all_reduce
 
     def recorded_step(optimizer, parameters, max_grad_norm):
         def state():  # weights, and moments: none before the first step
@@ -47,7 +47,7 @@ def record(args, poison=None):
         return result
 
     def poisoned_loss(*args, **options):
-        velocity, proj = loss(*args, **options)
+        velocity, proj = true_loss(*args, **options)
         is_bad = int(os.environ.get("RANK", 0)) in poison["ranks"] and notes["steps"] + 1 in poison["steps"]
         return velocity * (float("nan") if is_bad else 1), proj
 
@@ -55,11 +55,14 @@ def record(args, poison=None):
         notes["reductions"].append(notes["steps"])
         return all_reduce(*args, **options)
 
-    with mock.patch.object(repa, "optimizer_step", recorded_step), \
-            mock.patch.object(repa, "repa_loss", poisoned_loss), \
-            mock.patch.object(dist, "all_reduce", counted_all_reduce):
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(script, "optimizer_step", recorded_step))
+        patches.enter_context(mock.patch.object(dist, "all_reduce", counted_all_reduce))
+        if poison["steps"]:
+            true_loss = script.repa_loss
+            patches.enter_context(mock.patch.object(script, "repa_loss", poisoned_loss))
         try:
-            repa.main(args)
+            script.main(args)
         except SystemExit as stop:
             notes["exit"] = stop.code
     return notes
@@ -70,5 +73,5 @@ if __name__ == "__main__":
     dist.init_process_group()  # one group for all jobs: torchrun's meeting point serves only once
     with mock.patch.object(dist, "destroy_process_group"):
         for name, job in json.loads((folder / "jobs.json").read_text()).items():
-            torch.save(record(job["args"], job.get("poison")), folder / f"{name}-{os.environ['RANK']}.pt")
+            torch.save(record(**job), folder / f"{name}-{os.environ['RANK']}.pt")
     dist.destroy_process_group()
