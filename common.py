@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -80,9 +81,9 @@ def modulate(h, shift, scale):
 
 
 def timestep_embedding(t, dim=256, max_period=10000):
-    """Sinusoids of the raw time t (B,) in [0,1], cosines first: (B,dim)."""
+    """Sinusoids of the raw time t (...) in [0,1], cosines first: (...,dim)."""
     freqs = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    args = t.float()[:, None] * freqs
+    args = t.float()[..., None] * freqs
     return torch.cat([args.cos(), args.sin()], dim=-1)
 
 
@@ -166,13 +167,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, h, rope=None):
-        B, N, D = h.shape
-        q, k, v = self.qkv(h).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B,heads,N,D/heads)
+    def split(self, h, rope=None):
+        """Tokens (B,N,D) to q, k, v by heads, each (B,heads,N,D/heads)."""
+        q, k, v = self.qkv(h).view(*h.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
+        return q, k, v
+
+    def attend(self, q, k, v):
+        """q, k, v by heads to tokens (B,N,D)."""
         h = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(D/heads)) v
-        return self.proj(h.transpose(1, 2).reshape(B, N, D))
+        return self.proj(h.transpose(1, 2).flatten(2))  # (B,heads,N,D/heads) -> (B,N,D)
+
+    def forward(self, h, rope=None):
+        return self.attend(*self.split(h, rope))
 
 
 class Mlp(nn.Module):
@@ -278,6 +286,62 @@ def convert_willisma_sit(weights):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# U-Net blocks: a SiT that halves its token grid in the middle is made of these. `body` is U-DiT's name, `skip_linear`
+# U-ViT's, w1 w2 w3 LLaMA's; no official checkpoint of U-REPA was at hand to follow.
+# ---------------------------------------------------------------------------------------------------------------------
+class Down(nn.Module):
+    """(B,D,H,W) -> (B,D,H/2,W/2): a convolution to D/4 channels, then the 2x2 pixels of a place become channels."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(width, width // 4, 3, padding=1, bias=False), nn.PixelUnshuffle(2))
+        nn.init.xavier_uniform_(self.body[0].weight)
+
+    def forward(self, h):
+        return self.body(h)
+
+
+class Up(nn.Module):
+    """(B,D,H,W) -> (B,D,2H,2W): a convolution to 4D channels, then four channels become 2x2 pixels."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(width, 4 * width, 3, padding=1, bias=False), nn.PixelShuffle(2))
+        nn.init.xavier_uniform_(self.body[0].weight)
+
+    def forward(self, h):
+        return self.body(h)
+
+
+class SwiGLU(nn.Module):
+    """The token-wise gated network of a transformer block, without biases."""
+
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+
+    def forward(self, h):
+        return self.w2(F.silu(self.w1(h)) * self.w3(h))
+
+
+class UNetBlock(SiTBlock):
+    """SiT block with SwiGLU; in a decoder it first takes in the tokens `skip` (B,N,D) that an encoder block left."""
+
+    def __init__(self, hidden_size, num_heads, mlp_dim, has_skip=False):
+        super().__init__(hidden_size, num_heads)
+        self.mlp = SwiGLU(hidden_size, mlp_dim)
+        if has_skip:
+            self.skip_linear = nn.Linear(2 * hidden_size, hidden_size)
+
+    def forward(self, h, c, rope, skip=None):
+        if skip is not None:
+            h = self.skip_linear(torch.cat([h, skip], dim=-1))
+        return super().forward(h, c, rope)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Checkpoint files: tensors and plain values, nothing pickled; written whole or not at all.
 # ---------------------------------------------------------------------------------------------------------------------
 def save_checkpoint(path, state):
@@ -292,7 +356,7 @@ def save_checkpoint(path, state):
              f"on from the last checkpoint")
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, kinds=dict):
     """Read a checkpoint on the CPU, memory-mapped. Pickled objects are refused: opening them can run code."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -308,18 +372,20 @@ def load_checkpoint(path):
              f"torch.save(c.get('ema', c), 'ema.pt')\"")
     except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
         fail(f"{path} is no checkpoint, or is damaged ({first_line(error)})")
-    if not isinstance(checkpoint, dict):
+    if not isinstance(checkpoint, kinds):
         fail(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}, not named tensors")
     return checkpoint
 
 
 def load_weights(path):
-    """Weights of a SiT: our checkpoints' or REPA's EMA, a bare state dict, or willisma/SiT's (converted).
+    """Weights of a SiT: our checkpoints' or REPA's EMA, GMem's, a bare state dict, or willisma/SiT's (converted).
 
     Returns (state dict, the checkpoint it came in).
     """
     checkpoint = load_checkpoint(path)
-    weights = checkpoint.get("ema", checkpoint)
+    weights = checkpoint.get("ema", checkpoint.get("network", checkpoint))
+    if "sit.x_embedder.proj.weight" in weights:  # CAR-Flow wraps its SiT
+        weights = {name.removeprefix("sit."): weight for name, weight in weights.items()}
     if "x_embedder.proj.weight" not in weights:
         fail(f"{path} holds no SiT weights (there is no x_embedder.proj.weight in it)")
     if weights["final_layer.linear.bias"].numel() == 2 * weights["x_embedder.proj.weight"][0].numel():
@@ -327,16 +393,20 @@ def load_weights(path):
     return weights, checkpoint
 
 
-def sit_from_weights(weights, name):
-    """The SiT of size `name` that holds these weights; image size, channels and classes are read off their shapes."""
+def sit_from_weights(weights, name, make=SiT):
+    """The SiT of size `name` that holds these weights; image size, channels and classes are read off their shapes.
+
+    make(input_size, in_channels, num_classes, **sizes) builds it: SiT, or what a method makes of it.
+    """
     hidden_size, channels, patch, _ = weights["x_embedder.proj.weight"].shape
-    depth = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
+    depth = 1 + max((int(key.split(".")[1]) for key in weights if key.startswith("blocks.")), default=-1)
     sizes = SIT_SIZES[name]
     if (hidden_size, depth, patch) != (sizes["hidden_size"], sizes["depth"], sizes["patch_size"]):
         fail(f"these weights have width {hidden_size}, {depth} blocks, patch {patch}; --model {name} has "
              f"{sizes['hidden_size']}, {sizes['depth']}, {sizes['patch_size']}")
     input_size = patch * math.isqrt(weights["pos_embed"].shape[1])
-    model = SiT(input_size, channels, len(weights["y_embedder.embedding_table.weight"]) - 1, **sizes)
+    num_classes = len(weights.get("y_embedder.embedding_table.weight", [0])) - 1  # GMem has no labels
+    model = make(input_size, channels, num_classes, **sizes)
     if wrong := sorted(weights.keys() ^ model.state_dict().keys()):
         fail(f"these weights are not those of a SiT: {wrong[0]} is missing or too much")
     model.load_state_dict(weights)
@@ -344,11 +414,11 @@ def sit_from_weights(weights, name):
 
 
 def init_from(path, model):
-    """Start `model` from a checkpoint; label table and projectors that do not fit stay fresh. Returns what is fresh."""
+    """Start `model` from a checkpoint; condition and projectors that do not fit stay fresh. Returns what is fresh."""
     weights, shapes = load_weights(path)[0], {key: value.shape for key, value in model.state_dict().items()}
     fits = {key: value for key, value in weights.items() if key in shapes and value.shape == shapes[key]}
     fresh = sorted({key.split(".")[0] for key in shapes if key not in fits})
-    if not set(fresh) <= {"y_embedder", "projectors"}:
+    if not set(fresh) <= {"y_embedder", "y_embedder_mid", "condition_projection", "projectors"}:
         fail(f"{path} does not fit this model: {', '.join(fresh)} differ")
     model.load_state_dict(fits, strict=False)
     return fresh
@@ -474,8 +544,9 @@ def sample(model, noise, y, y_null, *, mode="ode", num_steps=50, heun=False, pat
 def sample_npz(path, generate, labels, seed, batch_size, run):
     """One image per label (N,), on all ranks, into an .npz of arr_0 (N,H,W,3) uint8 and labels: ADM's layout.
 
-    generate(y, randn) -> {"arr_0": (B,H,W,3) uint8}, one batch; further keys are stored beside it. Each rank fills
-    files of its own on disk (50,000 images of 256 px are 9.8 GB); rank 0 merges them under the final name.
+    generate(y, randn) -> {"arr_0": (B,H,W,3) uint8}, one batch; further keys are stored beside it, "labels" among them
+    where what is drawn from is something else, (N,...). Each rank fills files of its own on disk (50,000 images of
+    256 px are 9.8 GB); rank 0 merges them under the final name.
     """
     path, mine, parts = Path(path), range(run.rank, len(labels), run.world), {}
     make_folder(path.parent)
@@ -505,7 +576,7 @@ def sample_npz(path, generate, labels, seed, batch_size, run):
             merged[key] = create(part_file(key, "all"), dtype=part.dtype, shape=(len(labels), *part.shape[1:]))
             for rank in range(min(run.world, len(labels))):
                 merged[key][rank::run.world] = np.load(part_file(key, rank), mmap_mode="r")
-        np.savez(part_file("tmp", 0).with_suffix(".npz"), **merged, labels=labels.numpy())
+        np.savez(part_file("tmp", 0).with_suffix(".npz"), **{"labels": labels.numpy()} | merged)
         os.replace(part_file("tmp", 0).with_suffix(".npz"), path)
         for leftover in path.parent.glob(f".{path.stem}.*.npy"):
             leftover.unlink()
@@ -667,13 +738,383 @@ def load_decoder(meta, name, path, device):
     """The function x (B,C,H,W) -> images (B,H,W,3) uint8 for data as `meta` says: by the VAE where x is a latent."""
     if meta["vae"] is None:
         return pixels_to_uint8
-    vae = load_vae(name, path).to(device)
+    vae = (load_sd3_vae(path) if meta["vae"] == "sd3" else load_vae(name, path)).to(device)
     return lambda x: pixels_to_uint8(vae.decode((x - meta["latent_shift"]) / meta["latent_scale"]))
 
 
 def pixels_to_uint8(x):
     """x (B,3,H,W) in [-1, 1] -> (B,H,W,3) uint8, truncated: REPA's rule, half a level below willisma/SiT's."""
     return ((x.float() + 1) / 2 * 255).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MM-DiT: text and image tokens, two streams with weights of their own, that attend jointly (SD3, arXiv 2403.03206).
+# Parameter names follow SD3's single file; REPA's and HASTE's text-to-image models are the same with other sizes.
+# ---------------------------------------------------------------------------------------------------------------------
+SD3_MEDIUM = dict(in_channels=16, hidden_size=1536, depth=24, num_heads=24, context_dim=4096, pooled_dim=2048,
+                  pos_embed_size=192)
+
+
+class StreamAttention(Attention):
+    """Attention's part in one stream: q, k, v before the streams meet and, but for pre_only, the projection after."""
+
+    def __init__(self, dim, num_heads, qk_norm, pre_only):
+        super().__init__(dim, num_heads)
+        if pre_only:
+            self.proj = nn.Identity()
+        norms = [nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity() for _ in range(2)]
+        self.ln_q, self.ln_k = norms
+
+    def split(self, h):
+        q, k, v = super().split(h)
+        return self.ln_q(q), self.ln_k(k), v
+
+
+class StreamBlock(nn.Module):
+    """One stream of a joint block. With pre_only it only gives keys and values to the other: the last block's text."""
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio, qk_norm, pre_only=False):
+        super().__init__()
+        self.pre_only = pre_only
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.attn = StreamAttention(hidden_size, num_heads, qk_norm, pre_only)
+        if not pre_only:
+            self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+            self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = FP32Sequential(
+            nn.SiLU(), nn.Linear(hidden_size, (2 if pre_only else 6) * hidden_size))
+
+    def before(self, h, c):
+        """Tokens h (B,N,D) to q, k, v (B,heads,N,D/heads), and what the adaptive norm keeps for `after`."""
+        shift, scale, *rest = self.adaLN_modulation(c).chunk(2 if self.pre_only else 6, dim=1)  # each (B,D)
+        return self.attn.split(modulate(self.norm1(h), shift, scale)), rest
+
+    def after(self, h, attended, rest):
+        """Tokens h, and what attention brought to their places, to the block's output, all (B,N,D)."""
+        if self.pre_only:
+            return h  # nobody reads it
+        gate_a, shift_m, scale_m, gate_m = rest
+        h = h + gate_a.unsqueeze(1) * self.attn.proj(attended)
+        return h + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(h), shift_m, scale_m))
+
+
+class JointBlock(nn.Module):
+    """Both streams through one attention over [text, image]."""
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio, qk_norm, is_last):
+        super().__init__()
+        self.context_block = StreamBlock(hidden_size, num_heads, mlp_ratio, qk_norm, pre_only=is_last)
+        self.x_block = StreamBlock(hidden_size, num_heads, mlp_ratio, qk_norm)
+
+    def forward(self, text, h, c):
+        """Text (B,n,D), image tokens h (B,N,D), c (B,D) -> text and h; the last block leaves the text as it is."""
+        qkv_text, rest_text = self.context_block.before(text, c)
+        qkv_h, rest_h = self.x_block.before(h, c)
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(qkv_text, qkv_h))  # (B,heads,n+N,D/heads)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B,n+N,D)
+        attended_text, attended_h = attended.split([text.shape[1], h.shape[1]], dim=1)
+        return self.context_block.after(text, attended_text, rest_text), self.x_block.after(h, attended_h, rest_h)
+
+
+class VectorEmbedder(nn.Module):
+    """A vector (B,K), the pooled text, to (B,D)."""
+
+    def __init__(self, dim, hidden_size):
+        super().__init__()
+        self.mlp = FP32Sequential(nn.Linear(dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, vector):
+        return self.mlp(vector)
+
+
+class MMDiT(nn.Module):
+    """Velocity network v(x_t, t, context, pooled). A method's own forward is made of `embed`, `blocks` and `head`.
+
+    The table of positions is pos_embed_size squared and cut to the image from its centre. It is a buffer: SD3's comes
+    with its file. pooled_dim 0: no pooled text. The network sees time_scale * t: SD3 counts to 1000, REPA to 1. A fresh
+    model has PyTorch's own initial weights, as the official codes.
+    """
+
+    def __init__(self, *, in_channels, hidden_size, depth, num_heads, context_dim, pooled_dim, pos_embed_size,
+                 patch_size=2, mlp_ratio=4.0, qk_norm=False, time_scale=1000):
+        super().__init__()
+        self.patch_size, self.time_scale = patch_size, time_scale
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        if pooled_dim:
+            self.y_embedder = VectorEmbedder(pooled_dim, hidden_size)
+        self.context_embedder = nn.Linear(context_dim, hidden_size)
+        pos_embed = sincos_pos_embed_2d(hidden_size, pos_embed_size).float()
+        self.register_buffer("pos_embed", pos_embed.unsqueeze(0))  # (1,S*S,D)
+        self.joint_blocks = nn.ModuleList([
+            JointBlock(hidden_size, num_heads, mlp_ratio, qk_norm, is_last=i + 1 == depth) for i in range(depth)])
+        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+
+    @property
+    def blocks(self):
+        return self.joint_blocks
+
+    def positions(self, rows, columns):
+        """The central rows x columns of the position table: (1,rows*columns,D)."""
+        size = math.isqrt(self.pos_embed.shape[1])
+        top, left = (size - rows) // 2, (size - columns) // 2
+        table = self.pos_embed.unflatten(1, (size, size))  # (1,S,S,D)
+        return table[:, top:top + rows, left:left + columns].flatten(1, 2)
+
+    def embed(self, x_t, t, context, pooled=None):
+        """x_t (B,C,H,W), t (B,), context (B,n,K), pooled (B,P) to text (B,n,D), image tokens h (B,N,D), c (B,D)."""
+        rows, columns = (side // self.patch_size for side in x_t.shape[-2:])
+        c = self.t_embedder(self.time_scale * t)
+        if pooled is not None:
+            c = c + self.y_embedder(pooled)
+        return self.context_embedder(context), self.x_embedder(x_t) + self.positions(rows, columns), c
+
+    def head(self, h, c, size):
+        """Tokens h (B,N,D) to the velocity (B,C,H,W), float32; size = (H,W)."""
+        h, p = self.final_layer(h, c).float(), self.patch_size
+        h = h.view(len(h), size[0] // p, size[1] // p, p, p, -1).permute(0, 5, 1, 3, 2, 4)  # -> (B,C,rows,p,columns,p)
+        return h.reshape(len(h), -1, *size)
+
+    def forward(self, x_t, t, context, pooled=None):
+        text, h, c = self.embed(x_t, t, context, pooled)
+        for block in self.blocks:
+            text, h = block(text, h, c)
+        return self.head(h, c, x_t.shape[-2:])
+
+
+def sd3_times(num_steps, shift=3.0):
+    """SD3's times: evenly from 1 to the least, then shifted by 3t/(1+2t), then 0. The least was shifted before."""
+    t = np.linspace(1, shift * 0.001 / (1 + (shift - 1) * 0.001), num_steps)
+    return [*(shift * t / (1 + (shift - 1) * t)).tolist(), 0.0]
+
+
+def store_bf16(model):
+    """Keep a frozen model's weights in bf16 where autocast would round them anyway: half the memory, same numbers."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.bfloat16()
+    for module in model.modules():
+        if isinstance(module, FP32Sequential):
+            module.float()
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLIP's text towers and its tokeniser, as SD3 reads prompts. Parameter names follow transformers.
+# ---------------------------------------------------------------------------------------------------------------------
+CLIP_MERGES, MARKS = 48_894, ("<|startoftext|>", "<|endoftext|>")
+CLIP_LENGTH = 77  # tokens of a prompt, with the marks of its beginning and end
+CLIP_L = dict(width=768, layers=12, num_heads=12, quick_gelu=True)
+CLIP_G = dict(width=1280, layers=32, num_heads=20, project=True)
+BPE_WORDS = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+",
+                       re.IGNORECASE)
+
+
+class Tokenizer:
+    """CLIP's byte-pair encoding. Ids: 256 bytes, 256 bytes that end a word, the merges in their order, two marks."""
+
+    def __init__(self, merges):
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the others are written as 256, 257, ...
+        others = [byte for byte in range(256) if byte not in printable]
+        self.letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+        letters = list(self.letters.values())
+        vocabulary = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges),
+                      *MARKS]
+        self.ids = {token: i for i, token in enumerate(vocabulary)}
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self.begin, self.end = len(vocabulary) - 2, len(vocabulary) - 1
+
+    def split(self, word):
+        """A word's tokens: of its neighbouring pieces, those are merged first whose merge was learned first."""
+        pieces = [self.letters[byte] for byte in word.encode()]
+        pieces[-1] += "</w>"
+        while len(pieces) > 1:
+            pair = min(zip(pieces, pieces[1:]), key=lambda pair: self.ranks.get(pair, math.inf))
+            if pair not in self.ranks:
+                break
+            merged, i = [], 0
+            while i < len(pieces):
+                step = 2 if tuple(pieces[i:i + 2]) == pair else 1
+                merged.append("".join(pieces[i:i + step]))
+                i += step
+            pieces = merged
+        return pieces
+
+    def encode(self, text):
+        """The ids of a text, without marks."""
+        words = BPE_WORDS.findall(" ".join(text.lower().split()))
+        return [self.ids[piece] for word in words for piece in ([word] if word in MARKS else self.split(word))]
+
+    def pad(self, ids, fill):
+        """Ids cut to 75, between their marks, filled up to 77 with `fill`."""
+        ids = [self.begin, *ids[:CLIP_LENGTH - 2], self.end]
+        return ids + [fill] * (CLIP_LENGTH - len(ids))
+
+
+class ClipLayer(nn.Module):
+    """Transformer layer in which a token sees itself and those before it: (B,n,D) -> (B,n,D)."""
+
+    def __init__(self, width, num_heads, quick_gelu, mlp_ratio):
+        super().__init__()
+        self.num_heads, self.quick_gelu = num_heads, quick_gelu
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(width, mlp_ratio * width), fc2=nn.Linear(mlp_ratio * width, width)))
+
+    def forward(self, h):
+        r = self.layer_norm1(h)
+        q, k, v = (self.self_attn[f"{name}_proj"](r).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+                   for name in "qkv")  # each (B,heads,n,D/heads)
+        r = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        h = h + self.self_attn["out_proj"](r.transpose(1, 2).flatten(2))
+        r = self.mlp["fc1"](self.layer_norm2(h))
+        return h + self.mlp["fc2"](r * torch.sigmoid(1.702 * r) if self.quick_gelu else F.gelu(r))
+
+
+class ClipText(nn.Module):
+    """A text tower: ids (B,n) to the tokens of its last layer but one (B,n,D) and one vector of the text (B,D)."""
+
+    def __init__(self, *, width, layers, num_heads, quick_gelu=False, project=False,
+                 vocabulary=CLIP_MERGES + 514, length=CLIP_LENGTH, mlp_ratio=4):
+        super().__init__()
+        self.text_model = nn.ModuleDict(dict(
+            embeddings=nn.ModuleDict(dict(token_embedding=nn.Embedding(vocabulary, width),
+                                          position_embedding=nn.Embedding(length, width))),
+            encoder=nn.ModuleDict(dict(layers=nn.ModuleList(
+                ClipLayer(width, num_heads, quick_gelu, mlp_ratio) for _ in range(layers)))),
+            final_layer_norm=nn.LayerNorm(width)))
+        self.text_projection = nn.Linear(width, width, bias=False) if project else nn.Identity()
+
+    def forward(self, ids):
+        embeddings, layers = self.text_model["embeddings"], self.text_model["encoder"]["layers"]
+        h = embeddings["token_embedding"](ids) + embeddings["position_embedding"].weight[:ids.shape[1]]
+        for layer in layers:
+            before_last, h = h, layer(h)
+        h = self.text_model["final_layer_norm"](h)
+        at_end = ids.argmax(dim=1)  # the end mark has the largest id, and the first one counts
+        return before_last, self.text_projection(h[torch.arange(len(h)), at_end])
+
+
+@torch.no_grad()
+def encode_prompts(tokenizer, clip_l, clip_g, ids):
+    """SD3's text features from lists of ids: context (B,77,2048) and pooled (B,2048), the towers side by side.
+
+    CLIP-L fills up with end marks and its vector is not projected; CLIP-G fills up with 0, and its vector is.
+    """
+    parts = []
+    for tower, fill in ((clip_l, tokenizer.end), (clip_g, 0)):
+        device = tower.text_model["final_layer_norm"].weight.device
+        parts.append(tower(torch.tensor([tokenizer.pad(each, fill) for each in ids], device=device)))
+    return tuple(torch.cat(part, dim=-1) for part in zip(*parts))
+
+
+def pad_context(context, context_dim, t5_tokens=CLIP_LENGTH):
+    """(B,n,K) to (B,n+t5_tokens,context_dim) with zeros, which is how SD3 runs without its third tower, T5."""
+    return F.pad(context, (0, context_dim - context.shape[2], 0, t5_tokens))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SD3's files: one holds the network, the VAE and both text towers; the merges of the tokeniser come with CLIP.
+# ---------------------------------------------------------------------------------------------------------------------
+SD3_REPO, SD3_FILE = "stabilityai/stable-diffusion-3-medium", "sd3_medium_incl_clips.safetensors"
+MERGES_REPO, MERGES_FILE = "openai/clip-vit-large-patch14", "merges.txt"
+# x = (z - 0.0609) * 1.5305, in the form of meta.json: z * latent_scale + latent_shift
+SD3_VAE_META = dict(vae="sd3", channels=16, latent_scale=1.5305, latent_shift=-0.0609 * 1.5305)
+# the file's VAE has the older names of Latent Diffusion; stages of the decoder are counted from the other end
+LDM_NAMES = [("encoder.down.", "encoder.down_blocks."), (".block.", ".resnets."), (".downsample.", ".downsamplers.0."),
+             (".upsample.", ".upsamplers.0."), (".nin_shortcut.", ".conv_shortcut."), (".norm_out.", ".conv_norm_out."),
+             (".mid.block_1.", ".mid_block.resnets.0."), (".mid.block_2.", ".mid_block.resnets.1."),
+             (".mid.attn_1.norm.", ".mid_block.attentions.0.group_norm."),
+             (".mid.attn_1.proj_out.", ".mid_block.attentions.0.to_out.0."),
+             *((f".mid.attn_1.{name}.", f".mid_block.attentions.0.to_{name}.") for name in "qkv")]
+
+
+def hub_file(repo, name, flag):
+    """Path of a file from the hub, rank 0 first; a model behind a licence says where that is."""
+    from huggingface_hub import hf_hub_download
+    try:
+        with first_rank_first():
+            return hf_hub_download(repo, name)
+    except (OSError, RuntimeError) as error:
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            fail(f"{repo} is behind a licence: accept it on https://huggingface.co/{repo}, then set HF_TOKEN to a "
+                 f"token of your account; or give its {name} by {flag} FILE")
+        fail(f"cannot download {repo} ({type(error).__name__}); with its {name} from another machine: {flag} FILE")
+
+
+def convert_ldm_vae(weights):
+    """Latent Diffusion's names of an SD-VAE's weights to diffusers', in which 1x1 convolutions are linear layers."""
+    stages, converted = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("decoder.up.")), {}
+    for name, tensor in weights.items():
+        if name.startswith("decoder.up."):
+            _, _, stage, rest = name.split(".", 3)
+            name = f"decoder.up_blocks.{stages - 1 - int(stage)}.{rest}"
+        for old, new in LDM_NAMES:
+            name = name.replace(old, new)
+        converted[name] = tensor.flatten(1) if ".attentions." in name and tensor.ndim == 4 else tensor
+    return converted
+
+
+def load_sd3(part, model, path=""):
+    """Fill `model` (made on the meta device) with one part of SD3's file: network, vae, clip_l or clip_g; frozen."""
+    from safetensors import SafetensorError, safe_open
+    prefix = dict(network="model.diffusion_model.", vae="first_stage_model.",
+                  clip_l="text_encoders.clip_l.transformer.", clip_g="text_encoders.clip_g.transformer.")[part]
+    path = path or hub_file(SD3_REPO, SD3_FILE, "--sd3-ckpt")
+    try:
+        with safe_open(path, "pt") as file:
+            weights = {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()
+                       if name.startswith(prefix)}
+    except (OSError, SafetensorError) as error:
+        fail(f"{path} is no safetensors file, or is damaged ({first_line(error)}); --sd3-ckpt wants {SD3_FILE}")
+    if not weights:
+        fail(f"{path} holds no {part} (no {prefix}*); --sd3-ckpt wants {SD3_FILE}, which holds all parts")
+    if part == "vae":
+        weights = convert_ldm_vae(weights)
+    want = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    unused = {"text_model.embeddings.position_ids", "text_projection.weight"} - want.keys()  # CLIP-L's is not applied
+    have = {name: tensor.shape for name, tensor in weights.items() if name not in unused}
+    if wrong := sorted(name for name in want | have if want.get(name) != have.get(name)):
+        fail(f"{path} does not fit SD3 medium: {len(wrong)} names or shapes of its {part} differ, first {wrong[0]}")
+    model.load_state_dict({name: weights[name].float() for name in want}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def load_sd3_network(path=""):
+    """SD3 medium's MM-DiT, frozen, fp32, on the CPU."""
+    with torch.device("meta"):
+        model = MMDiT(**SD3_MEDIUM)
+    return load_sd3("network", model, path)
+
+
+def load_sd3_vae(path=""):
+    """SD3's autoencoder, frozen, fp32, on the CPU: SD's with 16 channels and without the two 1x1 convolutions."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(latent_channels=16)
+        vae.quant_conv = vae.post_quant_conv = nn.Identity()
+    return load_sd3("vae", vae, path)
+
+
+def load_tokenizer(path=""):
+    """CLIP's tokeniser, from its list of merges: the first line of the file is a comment."""
+    path = path or hub_file(MERGES_REPO, MERGES_FILE, "--merges")
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()[1:CLIP_MERGES + 1]
+    except (OSError, ValueError) as error:
+        fail(f"cannot read {path} ({first_line(error)}); --merges wants the {MERGES_FILE} of {MERGES_REPO}")
+    merges = [tuple(line.split()) for line in lines]
+    if len(merges) != CLIP_MERGES or any(len(pair) != 2 for pair in merges):
+        fail(f"{path} does not hold CLIP's {CLIP_MERGES} merges; --merges wants the {MERGES_FILE} of {MERGES_REPO}")
+    return Tokenizer(merges)
+
+
+def load_sd3_text(path="", merges="", device="cpu"):
+    """The function ids -> context (B,77,2048), pooled (B,2048), by both text towers, and the tokeniser."""
+    with torch.device("meta"):
+        towers = [ClipText(**CLIP_L), ClipText(**CLIP_G)]
+    towers = [load_sd3(part, tower, path).to(device) for part, tower in zip(("clip_l", "clip_g"), towers)]
+    tokenizer = load_tokenizer(merges)
+    return functools.partial(encode_prompts, tokenizer, *towers), tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -845,7 +1286,50 @@ class SyntheticData(PreparedData):
         self.names = list(self.arrays)
 
     def __getitem__(self, indices):
-        return {name: torch.from_numpy(array[indices % len(array)]) for name, array in self.arrays.items()}
+        return {name: torch.from_numpy(self.arrays[name][indices % len(self.arrays[name])]) for name in self.names}
+
+
+class CaptionedData(PreparedData):
+    """Images or latents with text features, context (N,n,K) and pooled (N,P) float16, in place of labels.
+
+    The last twentieth, at most 512, is held out for validation. `text` is whose features they are: toy or sd3.
+    """
+
+    def __init__(self, path, resolution, text, held_out=False):
+        make = "pairs" if text == "toy" else f"text --images FOLDER --captions FILE --resolution {resolution}"
+        make = f"make it: python prepare.py {make} --out {path}"
+        if not Path(path, "meta.json").is_file():
+            fail(f"no captioned data in {path}; {make}")
+        super().__init__(path, resolution, need_images=False)
+        if self.meta.get("text") != text:
+            fail(f"{path} is for another model (its text features: {self.meta.get('text')}, not {text}); {make}")
+        self.names[0:1] = ["context", "pooled"]
+        for name in self.names:
+            if len(self.array(name)) != self.meta["count"]:
+                fail(f"{path}/{name}.npy has {len(self.array(name))} rows, not {self.meta['count']}: prepare it again")
+        end = self.meta["count"]
+        start = end - min(512, end // 20)
+        self.rows = range(start, end) if held_out else range(start)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, indices):
+        return super().__getitem__(np.arange(self.meta["count"])[self.rows.start:self.rows.stop][indices])
+
+
+class RandomPairs(torch.utils.data.Dataset):
+    """Random latents and text features of SD3's shapes, for --bench."""
+
+    def __init__(self, resolution):
+        self.meta, self.shape = SD3_VAE_META | dict(source="random", count=512), (16, resolution // 8, resolution // 8)
+
+    def __len__(self):
+        return self.meta["count"]
+
+    def __getitem__(self, indices):
+        shapes = dict(moments=(32, *self.shape[1:]), context=(CLIP_LENGTH, 2048), pooled=(2048,))
+        return {name: torch.rand(len(indices), *shape) for name, shape in shapes.items()}
 
 
 def micro_batches(data, seed, batch_size, run, first_step=0, workers=0):
@@ -870,6 +1354,21 @@ def micro_batches(data, seed, batch_size, run, first_step=0, workers=0):
         yield {name: tensor.to(run.device, non_blocking=True) for name, tensor in batch.items()}
 
 
+def class_tokens(teacher, data, run, workers=0):
+    """Class tokens (N,K) of all images of `data`, in one pass, a stretch of them per rank; rank 0 gets them."""
+    stretch = np.array_split(np.arange(len(data)), run.world)[run.rank]
+    batches, data.names = np.array_split(stretch, 1 + len(stretch) // 256), ["images"]
+    loader = torch.utils.data.DataLoader(data, batch_size=None, sampler=batches, num_workers=workers)
+    bar = tqdm(loader, desc=f"features of {data.path}", unit="batch", disable=True if run.rank else None)
+    with run.autocast():
+        tokens = torch.cat([teacher(batch["images"].to(run.device))[0].cpu() for batch in bar])
+    if run.world == 1:
+        return tokens
+    gathered = [None] * run.world if run.rank == 0 else None
+    dist.gather_object(tokens, gathered)
+    return torch.cat(gathered) if run.rank == 0 else None
+
+
 def _outlive_signals(worker):
     """Ctrl-C and Slurm reach every process of a job: a data worker lives on until the step under way is saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -882,6 +1381,86 @@ def clean_input(batch, meta, noise):
         return batch["images"].permute(0, 3, 1, 2).float() / 127.5 - 1
     mean, std = batch["moments"].float().chunk(2, dim=1)
     return (mean + std * noise) * meta["latent_scale"] + meta["latent_shift"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flows in one dimension, for experiments that take a minute: many networks side by side, and a picture of their paths.
+# ---------------------------------------------------------------------------------------------------------------------
+class Flows1D(nn.Module):
+    """M = variants x seeds velocity networks on the line, with learned shifts and scales of noise and data by class.
+
+    The 1,993 parameters that CAR-Flow gives fit layers of 56 -> 24 -> 24 -> 1 on sinusoids of z (24), t (24) and the
+    class y, 0 or 1 (8). Shifts and log-scales are a Linear(8, 1) each, of the class's sinusoids, and begin at 0.
+    learned: per variant, which of mu0, mu1, log s0, log s1 it has (0 or 1); seeds begin alike in all variants.
+    """
+
+    def __init__(self, learned, seeds):
+        super().__init__()
+        for name, i, o in (("fc1", 56, 24), ("fc2", 24, 24), ("fc3", 24, 1)):  # (M,o,i+1), the bias in the last column
+            weight = torch.empty(seeds, o, i + 1).uniform_(-i ** -0.5, i ** -0.5)
+            self.register_parameter(name, nn.Parameter(weight.repeat(len(learned), 1, 1)))
+        self.ends = nn.Parameter(torch.zeros(len(learned) * seeds, 4, 9))
+        learned = torch.tensor(learned).float().repeat_interleave(seeds, dim=0)
+        self.register_buffer("learned", learned.unsqueeze(1))  # (M,1,4)
+
+    @staticmethod
+    def linear(weight, h):
+        """(M,B,i) -> (M,B,o)."""
+        return torch.baddbmm(weight[..., -1].unsqueeze(1), h, weight[..., :-1].mT)
+
+    def shifts_and_scales(self, y):
+        """mu0, mu1, s0, s1 (M,B) of classes y (M,B)."""
+        mu0, mu1, log_s0, log_s1 = (self.linear(self.ends, timestep_embedding(y, 8)) * self.learned).unbind(dim=-1)
+        return mu0, mu1, log_s0.exp(), log_s1.exp()
+
+    def velocity(self, z, t, y):
+        """v_theta (M,B)."""
+        h = torch.cat([timestep_embedding(z, 24), timestep_embedding(t, 24), timestep_embedding(y, 8)], dim=-1)
+        h = F.silu(self.linear(self.fc2, F.silu(self.linear(self.fc1, h))))
+        return self.linear(self.fc3, h).squeeze(-1)
+
+    def forward(self, x, noise, t, y):
+        """Between z1 = s1 x + mu1 and z0 = s0 noise + mu0: z_t, v_theta there and its target z0 - z1, each (M,B)."""
+        mu0, mu1, s0, s1 = self.shifts_and_scales(y)
+        z1, z0 = s1 * x + mu1, s0 * noise + mu0
+        z_t = (1 - t) * z1 + t * z0
+        return z_t, self.velocity(z_t, t, y), z0 - z1
+
+    @torch.no_grad()
+    def paths(self, noise, y, num_steps):
+        """Euler from t = 1 to 0: the path z (num_steps+1,M,B), and the data x (M,B) at its end."""
+        mu0, mu1, s0, s1 = self.shifts_and_scales(y)
+        z = [s0 * noise + mu0]
+        for t in torch.linspace(1, 0, num_steps + 1)[:-1].to(y):
+            z.append(z[-1] - self.velocity(z[-1], t.expand_as(y), y) / num_steps)
+        return torch.stack(z), (z[-1] - mu1) / s1
+
+
+def draw_paths(path, titles, z, reach=5):
+    """A panel per title: 40 of the paths z (steps+1,panels,2,count) of each class between the densities of the ends."""
+    from PIL import Image, ImageDraw, ImageFont
+    width, height, grey, ink, font = 900, 600, (200, 204, 210), (40, 42, 48), ImageFont.load_default(26)
+    image = Image.new("RGB", (width * min(3, len(titles)), height * -(-len(titles) // 3)), "white")
+    draw, edges = ImageDraw.Draw(image, "RGBA"), np.linspace(-reach, reach, 122)
+    for panel, title in enumerate(titles):
+        def place(across, value):
+            """Pixel of a place from 0, noise, to 1, data, and of a value of z."""
+            return width * (panel % 3 + 0.24 + 0.56 * across), height * (panel // 3 + 0.51 - 0.4 * value / reach)
+        for value in range(1 - reach, reach):
+            draw.line([place(0, value), place(1, value)], grey, 1)
+            draw.text(place(-0.34, value), str(value), ink, font, "rm")
+        for of_class, colour in enumerate([(36, 99, 176), (214, 96, 28)]):
+            for line in z[::5, panel, of_class, z.shape[-1] // 80::z.shape[-1] // 40].T:
+                draw.line([place(i / (len(line) - 1), value) for i, value in enumerate(line)], (*colour, 130), 2)
+            for side in (0, 1):  # the densities stand on their axes and point outwards
+                counts = np.convolve(np.histogram(z[-side, panel, of_class], edges)[0], np.hanning(11), "same")
+                heights = 0.3 * (2 * side - 1) * counts / counts.max()
+                outline = [place(side + h, v) for h, v in zip(heights, np.linspace(-reach, reach, len(heights)))]
+                draw.polygon([place(side, -reach), *outline, place(side, reach)], (*colour, 130))
+        for across, value, text, anchor in ((0, -reach, "noise, t = 1", "ma"), (1, -reach, "data, t = 0", "ma"),
+                                            (0.5, reach, title, "md")):
+            draw.text(place(across, value), text, ink, font, anchor)
+    image.resize((image.width // 2, image.height // 2), Image.LANCZOS).save(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

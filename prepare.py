@@ -10,11 +10,13 @@ vision teacher to align with, and a judge that says what samples show.
     python prepare.py --images DIR2 --out data/NAME/val --resolution 32 --vae none  optional: held-out images
     python prepare.py teacher --data data/NAME                                      teacher and judge of any set
     python prepare.py toy --out data/toy                                            the toy set with teacher and judge
+    python prepare.py pairs --out data/pairs                                        softrepa.py's toy: set and model
+    python prepare.py text --images DIR --captions FILE --out data/NAME             SD3's latents and text features
 
 Written, under data/NAME.partial until complete (the same command continues a killed one): images.npy (N,H,W,3) uint8,
 moments.npy (N,8,H/8,W/8) float16, the SD-VAE's mean and std, labels.npy (N,) int64, meta.json and, for the toy,
 captions.json; teacher.pt, a timm VisionTransformer, and judge.pt, a CNN for evaluate.py; val/ with held-out images,
-labels and meta, the reference of evaluate.py.
+labels and meta, the reference of evaluate.py. The last two forms write context.npy and pooled.npy, features of texts.
 """
 import argparse
 import datetime
@@ -37,8 +39,9 @@ from PIL import Image
 from torch import distributed as dist
 from tqdm import tqdm
 
-from common import (LATENT_SCALE, VAE_REPOS, PreparedData, fail, first_line, first_rank_first, load_vae, make_folder,
-                    save_checkpoint, say)
+from common import (CLIP_LENGTH, LATENT_SCALE, SD3_VAE_META, VAE_REPOS, CaptionedData, MMDiT, PreparedData, fail,
+                    first_line, first_rank_first, init_linear, interpolate, load_sd3_text, load_sd3_vae, load_vae,
+                    make_folder, save_checkpoint, say)
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 # What all bars share: one for all ranks, and in a log file a line a minute, for the time left.
@@ -56,8 +59,8 @@ def read_meta(folder):
         fail(f"{folder} is not a prepared data set ({error}); prepare that first, --help shows how")
 
 
-def write_labels_and_meta(folder, labels, source, resolution, class_names, captions=None, vae="none"):
-    """Write all but images and moments."""
+def write_labels_and_meta(folder, labels, source, resolution, class_names, captions=None, vae="none", **more):
+    """Write all but images and moments; `more` is added to meta.json."""
     np.save(folder / "labels.npy", np.asarray(labels, dtype=np.int64))
     if captions is not None:
         (folder / "captions.json").write_text(json.dumps(captions) + "\n")
@@ -65,6 +68,7 @@ def write_labels_and_meta(folder, labels, source, resolution, class_names, capti
                 class_names=class_names, vae=None, channels=3, latent_scale=1.0, latent_shift=0.0)
     if vae != "none":
         meta |= dict(vae=f"sd-vae-{vae}", channels=4, latent_scale=LATENT_SCALE)
+    meta |= more
     (folder / "meta.json").write_text(json.dumps(meta) + "\n")
 
 
@@ -289,6 +293,159 @@ def prepare_toy(out, count=20_000, val_count=4_000, steps=300, judge_steps=200):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The toy of softrepa.py: "red square, blue cross", 16x16, with word vectors and a small text-to-image model
+# ---------------------------------------------------------------------------------------------------------------------
+PAIR_SHAPES = "square", "cross", "ring", "diamond"
+PAIRS_MODEL = dict(in_channels=3, hidden_size=64, depth=4, num_heads=4, context_dim=32, pooled_dim=32,
+                   pos_embed_size=4, patch_size=4)
+
+
+def draw_objects():
+    """Every object in every place of its half of the image: (6 colours, 4 shapes, 8 places, 16, 8, 3) uint8."""
+    axis = (np.arange(7) + 0.5) / 3.5 - 1
+    masks = np.zeros((len(PAIR_SHAPES), 8, 16, 8, 1), bool)
+    for shape, place in np.ndindex(masks.shape[:2]):
+        top, left = 3 + place // 2, place % 2
+        masks[shape, place, top:top + 7, left:left + 7, 0] = SHAPES[PAIR_SHAPES[shape]](axis[None], axis[:, None])
+    return np.where(masks, np.array(list(COLOURS.values())).reshape(-1, 1, 1, 1, 1, 3), 25).astype(np.uint8)
+
+
+def make_pairs(count, seed):
+    """Images (N,16,16,3), labels (N,) of the 576 captions, text features (N,4,32) and (N,32), and the captions.
+
+    A word has a random vector for each of its four places: all that an image can be asked for, and nothing to learn.
+    """
+    rng, objects = np.random.RandomState(seed), draw_objects()  # its stream is frozen for ever
+    words, place = rng.randint([6, 4, 6, 4], size=(count, 4)), rng.randint(8, size=(count, 2))
+    halves = objects[words[:, 0::2], words[:, 1::2], place]  # (N,2,16,8,3)
+    images = np.concatenate([halves[:, 0], halves[:, 1]], axis=2)
+    vectors = np.random.RandomState(0).standard_normal((4, 6, 32))
+    context = vectors[np.arange(4), words].astype(np.float16)
+    captions = ["{} {}, {} {}".format(*four) for four in itertools.product(COLOURS, PAIR_SHAPES, repeat=2)]
+    return images, np.ravel_multi_index(words.T, (6, 4, 6, 4)), context, context.mean(axis=1), captions
+
+
+def prepare_pairs(out, count=20_400, steps=4800, batch_size=32, lr=4e-3, wrong=0.25, no_text=0.1):
+    """Write the set to `out`, and base.pt: an MM-DiT by plain flow matching, a quarter of its captions wrong.
+
+    Wrong captions are what a model learns from on the web, and leave something to align. The null text is zeros.
+    """
+    folder = out.with_name(out.name + ".partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    make_folder(folder)
+    images, labels, *texts, captions = make_pairs(count, 0)
+    for name, array in zip(("images", "context", "pooled", "objects"), (images, *texts, draw_objects())):
+        np.save(folder / f"{name}.npy", array)
+    write_labels_and_meta(folder, labels, "pairs", images.shape[1], captions, text="toy")
+    torch.manual_seed(0)
+    device, g = torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.Generator().manual_seed(0)
+    model = MMDiT(**PAIRS_MODEL).apply(init_linear).to(device)
+    for name, parameter in model.named_parameters():  # as SiT begins: blocks are the identity, the velocity is 0
+        if "adaLN" in name or "final_layer.linear" in name:
+            nn.init.zeros_(parameter)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    held_out = count // 20  # softrepa.py's, at the end
+    for _ in tqdm(range(steps), desc="text-to-image model", unit="step", disable=None):
+        rows = torch.randint(count - held_out, (batch_size,), generator=g)
+        x = torch.from_numpy(images[rows.numpy()]).permute(0, 3, 1, 2) / 127.5 - 1
+        t, noise = torch.rand(batch_size, generator=g), torch.randn(x.shape, generator=g)
+        of = torch.where(torch.rand(batch_size, generator=g) < wrong, rows.roll(1), rows)  # whose caption
+        keep = torch.rand(batch_size, generator=g) >= no_text
+        context, pooled = (torch.from_numpy(text[of.numpy()]).float() for text in texts)
+        context, pooled = context * keep[:, None, None], pooled * keep[:, None]
+        x_t, v = interpolate(x, noise, t)
+        loss = (model(*(part.to(device) for part in (x_t, t, context, pooled))) - v.to(device)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    save_checkpoint(folder / "base.pt", dict(config=PAIRS_MODEL, model=model.cpu().state_dict()))
+    os.replace(folder, out)
+    print(f"{out}: {count} images of {len(captions)} captions, and a model with velocity loss {loss.item():.4f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captioned images -> latents and text features of SD3, for softrepa.py
+# ---------------------------------------------------------------------------------------------------------------------
+TEXT_BATCH = 16  # images and captions encoded at once
+
+
+def read_captions(path, images):
+    """Image files and a caption of each, in sorted order: {file: caption}, or COCO's json, whose first one counts."""
+    try:
+        listed = json.loads(path.read_text())
+        if "annotations" in listed:
+            names = {image["id"]: image["file_name"] for image in listed["images"]}
+            listed = {names[note["image_id"]]: note["caption"] for note in reversed(listed["annotations"])}
+        pairs = sorted((str(images / name), str(caption)) for name, caption in listed.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"--captions {path}: {first_line(error)}; it wants {{\"file\": \"caption\"}}, or COCO's captions_*.json")
+    if not pairs:
+        fail(f"--captions {path} holds no caption")
+    for file, _ in pairs:
+        if not Path(file).is_file():
+            fail(f"{path} has a caption for {file}, which is not there; is --images {images} right?")
+    return zip(*pairs)
+
+
+@torch.inference_mode()
+def prepare_text(args):
+    """args.images and args.captions to moments.npy, context.npy, pooled.npy and captions.json in args.out."""
+    files, captions = read_captions(args.captions, args.images)
+    count, size, batch = len(files), args.resolution // 8, TEXT_BATCH
+    shapes = dict(moments=(count, 32, size, size), context=(count, CLIP_LENGTH, 2048), pooled=(count, 2048))
+    need = 2 * sum(math.prod(shape) for shape in shapes.values())
+    say(f"{args.captions}: {count} captioned images; {args.out} needs {need / 1e9:.3f} GB of disk")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vae, (encode_text, tokenizer) = load_sd3_vae(args.sd3_ckpt), load_sd3_text(args.sd3_ckpt, args.merges, device)
+    vae.to(device)
+
+    # done-*.npy (N,) says what is there, and by its name of what: a killed run goes on.
+    folder = args.out.with_name(args.out.name + ".partial")
+    done_file = folder / f"done-{hashlib.sha256(repr((files, captions, shapes)).encode()).hexdigest()}.npy"
+    if not done_file.is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        make_folder(folder)
+        if need > shutil.disk_usage(folder).free:  # a memory map on a full disk dies by a signal: ask before
+            fail(f"{folder.parent} does not have so many GB free; free some, or give --out on another disk")
+        for name, shape in shapes.items():
+            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape)
+        np.save(done_file, np.zeros(count, dtype=bool))
+    done, arrays = np.load(done_file, "r+"), {name: np.load(folder / f"{name}.npy", "r+") for name in shapes}
+    ids = [tokenizer.encode(caption) for caption in captions]
+    if cut := sum(len(each) > CLIP_LENGTH - 2 for each in ids):
+        say(f"{cut} captions are longer than the {CLIP_LENGTH - 2} tokens that CLIP reads: their ends are cut off")
+    if done.any():
+        say(f"resuming: {done.sum()} of {count} are there already")
+    todo = [np.arange(i, min(i + batch, count)) for i in range(0, count, batch) if not done[i:i + batch].all()]
+    read = functools.partial(read_image, resolution=args.resolution)
+    loader = torch.utils.data.DataLoader(files, None, sampler=[i for rows in todo for i in rows],
+                                         num_workers=args.workers, collate_fn=read)
+    images = iter(loader)
+    for rows in tqdm(todo, "latents and text", unit="img", unit_scale=batch, **BAR):  # its rate gives the time needed
+        pixels = [next(images) for _ in rows]
+        for i, image in zip(rows, pixels):
+            if isinstance(image, str):
+                fail(f"{files[i]!r} cannot be read ({image}): take it out of {args.captions}")
+        x = torch.from_numpy(np.stack(pixels)).to(device).permute(0, 3, 1, 2) / 127.5 - 1
+        context, pooled = encode_text([ids[i] for i in rows])
+        parts = dict(moments=torch.cat(vae.encode(x), dim=1), context=context, pooled=pooled)
+        for name, part in parts.items():
+            if not (part := part.half()).isfinite().all():
+                fail(f"{name} is not finite in float16: is --sd3-ckpt right?")
+            arrays[name][rows] = part.cpu().numpy()
+        done[rows] = True
+    write_labels_and_meta(folder, np.zeros(count), str(args.images), args.resolution, ["all"], captions,
+                          **SD3_VAE_META, text="sd3")
+    CaptionedData(folder, args.resolution, "sd3")
+    os.replace(folder, args.out)
+    (args.out / done_file.name).unlink(missing_ok=True)
+    print(f"{args.out}: {count} images with their captions")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The small vision teacher and the judge: two classifiers of the set, trained apart
 # ---------------------------------------------------------------------------------------------------------------------
 def caption_words(captions):
@@ -407,7 +564,18 @@ def main(argv=None):
     teacher.add_argument("--patch-size", type=int, default=4, help="pixels per token of the student [4]")
     teacher.add_argument("--steps", type=int, default=300, help="teacher's steps of 128 images [300]")
     teacher.add_argument("--judge-steps", type=int, default=200, help="judge's steps of 128 images [200]")
-    for each in (parser, toy, teacher):
+    pairs = forms.add_parser("pairs", help="softrepa.py's toy: a set of captioned pairs and its text-to-image model")
+    pairs.add_argument("--out", type=Path, default=Path("data/pairs"))
+    text = forms.add_parser("text", help="latents and text features of captioned images by SD3, for softrepa.py")
+    text.add_argument("--images", type=Path, required=True, help="folder of the images")
+    text.add_argument("--captions", type=Path, required=True, help="json of {file: caption}, or COCO's captions_*.json")
+    text.add_argument("--out", type=Path, required=True, help="data/NAME")
+    text.add_argument("--resolution", type=int, default=512, help="pixels a side after the crop [512]")
+    text.add_argument("--sd3-ckpt", default="", help="sd3_medium_incl_clips.safetensors, without internet")
+    text.add_argument("--merges", default="", help="CLIP's merges.txt, without internet")
+    text.add_argument("--workers", type=int, default=max(1, min(8, os.cpu_count() // WORLD)),
+                      help="processes that decode; 0: none besides")
+    for each in (parser, toy, teacher, pairs, text):
         each.error = lambda message: fail(f"{message} (--help lists the flags)")
     args = parser.parse_args(argv)
     for flag, least in (("resolution", 1), ("workers", 0), ("patch_size", 1), ("steps", 1), ("judge_steps", 1)):
@@ -416,13 +584,21 @@ def main(argv=None):
     if args.form != "teacher" and args.out and args.out.exists():
         fail(f"{args.out} exists already; give another --out, or remove it first")
     if WORLD > 1 and (args.form or WORLD != int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))):
-        fail("torchrun: only on one machine, and not with toy or teacher; there, python prepare.py is enough")
+        fail("torchrun: only on one machine, and not with toy, teacher, pairs or text; there, python prepare.py is "
+             "enough")
     if args.form == "toy":
         return prepare_toy(args.out)
+    if args.form == "pairs":
+        return prepare_pairs(args.out)
+    if args.form == "text":
+        if args.resolution % 16:
+            fail(f"--resolution {args.resolution} is no multiple of 16, the pixels of a token of SD3")
+        return prepare_text(args)
     if args.form == "teacher":
         return train_teacher_and_judge(args.data, args.patch_size, args.steps, args.judge_steps)
     if not args.out or bool(args.images) == bool(args.from_repa):
-        fail("give --images DIR --out data/NAME, or --from-repa DIR --out data/NAME, or a form: toy, teacher")
+        fail("give --images DIR --out data/NAME, or --from-repa DIR --out data/NAME, or a form: toy, teacher, pairs, "
+             "text")
     if args.vae != "none" and args.resolution % 8:
         fail(f"--resolution {args.resolution} is no multiple of 8, the pixels per latent: take one, or --vae none")
     if WORLD > 1:  # to wait for each other, however long

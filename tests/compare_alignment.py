@@ -29,17 +29,16 @@ def shuffled_loss(model, x, t, noise, y, zs, path_type):
     return true_loss(model, x, t, noise, y, [z.roll(1, dims=0) for z in zs], path_type)
 
 
-def run_arm(arm, seed, out, samples, flags):
-    """Train one arm and judge its EMA model five times: a list of {step, seconds, accuracy, distance, ...}."""
-    repa.repa_loss = shuffled_loss if arm == "shuffled" else true_loss
-    flags = [*flags, "--seed", str(seed), "--out", str(out), "--proj-coeff", str(ARMS[arm]), "--preview-every", "0"]
-    every = repa.parse(flags).max_train_steps // 5
-    cfg = repa.parse([*flags, "--keep-every", str(every)])
-    repa.train(cfg, repa.setup(cfg))
+def judged_run(script, flags, out, samples):
+    """Train a script and judge its EMA model five times: a list of {step, seconds, accuracy, distance, ...}."""
+    flags = [*flags, "--out", str(out), "--preview-every", "0"]
+    every = script.parse(flags).max_train_steps // 5
+    cfg = script.parse([*flags, "--keep-every", str(every)])
+    script.train(cfg, script.setup(cfg))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     curve = []
     for step in range(every, cfg.max_train_steps + 1, every):
-        repa.main(["--sample", str(samples), "--ckpt", str(out / f"ema-{step}.pt"), "--micro-batch", "32"])
+        script.main(["--sample", str(samples), "--ckpt", str(out / f"ema-{step}.pt"), "--micro-batch", "32"])
         [figures] = evaluate.main([str(out / "samples.npz"), cfg.data])
         seconds = sum(cfg.batch_size * cfg.log_every / line["images_per_s"] for line in log if line["step"] <= step)
         curve.append(dict(step=step, seconds=seconds, accuracy=figures["judge_accuracy"], distance=figures["judge_fd"],
@@ -47,15 +46,25 @@ def run_arm(arm, seed, out, samples, flags):
     return curve
 
 
-def main():
-    """Run what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run_arm(arm, seed, out, samples, flags):
+    """One arm's curve, as judged_run gives it."""
+    repa.repa_loss = shuffled_loss if arm == "shuffled" else true_loss
+    return judged_run(repa, [*flags, "--seed", str(seed), "--proj-coeff", str(ARMS[arm])], out, samples)
+
+
+def compare(folder, arms, run_arm, argv=None):
+    """Command line of such a comparison: run what is missing of arms x seeds in runs/FOLDER-NAME, print the table.
+
+    Returns {(arm, seed): curve}.
+    """
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="toy")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(arms), default=list(arms))
     parser.add_argument("--samples", type=int, default=480)
-    args, flags = parser.parse_known_args()
-    folder, curves = Path(f"runs/compare-{args.name}"), {}
+    args, flags = parser.parse_known_args(argv)
+    folder, curves = Path(f"runs/{folder}-{args.name}"), {}
     for arm in args.arms:
         for seed in args.seeds:
             path = folder / f"{arm}-{seed}.json"
@@ -70,7 +79,8 @@ def main():
                      for key, form in (("seconds", ".0f"), ("accuracy", ".3f"), ("distance", ".2f"))]
             print(f"| {arm} | {points[0]['step']} | {' | '.join(cells)} |")
     print(f"real images: accuracy {points[0]['real_accuracy']:.3f}, distance {points[0]['real_distance']:.2f}")
+    return curves
 
 
 if __name__ == "__main__":
-    main()
+    compare("compare", ARMS, run_arm)

@@ -19,11 +19,11 @@ STEPS = 12
 SETTINGS = {
     "repa": [],
     "reg": [],
-    "haste": [],
+    "haste": ["--early-stop-point", "6"],
     "urepa": [],
     "carflow": [],
     "gmem": [],
-    "erw": [],
+    "erw": ["--warmup-steps", "2", "--proj-decay-half-life", "4", "--use-rope", "always"],  # ends within 3 steps
 }
 NAMES = [script.stem for script in SCRIPTS if script.stem in SETTINGS]
 of_scripts = pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,129 @@
+"""Does a warm-up help, at equal full steps and at equal compute? Four arms, paired seeds. Slow: about a minute a run.
+
+    plain   --warmup-steps 0 --proj-coeff 0                 SiT
+    repa    --warmup-steps 0 --proj-decay-half-life inf     REPA
+    decay   --warmup-steps 0                                ERW's phase II alone
+    erw     phase I, then phase II
+
+    python tests/check_erw.py --data data/cifar16 --seeds 0 1 2
+
+Measured is the velocity error of the EMA model on held-out images (DATA/val; the same noise and times for all), and the
+judge's view of samples at equal full steps. "Equal compute" gives the other arms the time that erw spent on phase I
+too, at the median step times of all runs: they train on, and their error there is read between two checkpoints. Flags
+it does not know go to erw.py. Writes runs/check-erw-NAME, prints tables, and skips what is there already.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import mean, median, stdev
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import erw  # noqa: E402
+import evaluate  # noqa: E402
+from common import PreparedData, clean_input, image_randn, init_from, interpolate  # noqa: E402
+
+ARMS = {"plain": ["--warmup-steps", "0", "--proj-coeff", "0"],
+        "repa": ["--warmup-steps", "0", "--proj-decay-half-life", "inf"],
+        "decay": ["--warmup-steps", "0"], "erw": []}
+
+
+@torch.no_grad()
+def held_out_error(model, data, device, count=2000):
+    """Mean velocity error on `count` images, at evenly spread times."""
+    images, errors = torch.linspace(0, len(data) - 1, count).long(), []
+    times = ((torch.arange(count) + 0.5) / count)[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+    for rows, t in zip(images.split(100), times.split(100)):
+        batch, t = {name: tensor.to(device) for name, tensor in data[rows.numpy()].items()}, t.to(device)
+        noise = image_randn(1, rows.tolist(), device)(*data.shape)
+        x_t, v = interpolate(clean_input(batch, data.meta, 0.0), noise, t)
+        errors.append((model.velocity(x_t, t, batch["labels"]) - v).square().mean(dim=(1, 2, 3)))
+    return torch.cat(errors).mean().item()
+
+
+def run_arm(flags, out, full_steps, every, samples):
+    """Train one arm: its held-out errors by full steps, its median step times, the judge's figures at full_steps."""
+    cfg = erw.parse([*flags, "--out", str(out), "--keep-every", str(every), "--preview-every", "0"])
+    run = erw.setup(cfg)
+    erw.train(cfg, run)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    seconds = {phase: [cfg.batch_size / line["images_per_s"] for line in log
+                       if (line["step"] <= cfg.warmup_steps) == (phase == "warmup")] for phase in ("warmup", "full")}
+    held_out, errors = PreparedData(f"{cfg.data}/val", cfg.resolution), {}
+    model = erw.build(cfg, held_out, run)[1]
+    for step in range(every, cfg.max_train_steps - cfg.warmup_steps + 1, every):
+        init_from(out / f"ema-{cfg.warmup_steps + step}.pt", model)
+        errors[step] = held_out_error(model, held_out, run.device)
+    erw.main(["--sample", str(samples), "--ckpt", str(out / f"ema-{cfg.warmup_steps + full_steps}.pt"),
+              "--micro-batch", "32"])
+    [figures] = evaluate.main([str(out / "samples.npz"), cfg.data])
+    return dict(errors=errors, seconds=seconds, accuracy=figures["judge_accuracy"], distance=figures["judge_fd"],
+                real_accuracy=figures["real_accuracy"], real_distance=figures["real_fd"])
+
+
+def error_at(result, step):
+    """Held-out error after `step` full steps (a real number), between the two checkpoints around it."""
+    curve = sorted((int(k), value) for k, value in result["errors"].items())
+    if step > curve[-1][0]:
+        raise SystemExit(f"error: equal compute is {step:.0f} steps, these runs end at {curve[-1][0]}")
+    (a, left), (b, right) = next(pair for pair in zip(curve, curve[1:]) if step <= pair[1][0])
+    return left + (right - left) * (step - a) / (b - a)
+
+
+def main():
+    """Run what is missing, then print the tables and the verdict."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", default="cifar16")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--warmup", type=int, default=300, help="steps of phase I of the arm erw")
+    parser.add_argument("--full-steps", type=int, default=1000, help="at which the arms are compared")
+    parser.add_argument("--half-life", type=int, default=400)
+    parser.add_argument("--samples", type=int, default=1000)
+    args, flags = parser.parse_known_args()
+    folder, results, every = Path(f"runs/check-erw-{args.name}"), {}, 100
+    more = args.warmup + every  # a step of phase I costs no more than a full one
+    for seed in args.seeds:
+        for arm, arm_flags in ARMS.items():
+            path = folder / f"{arm}-{seed}.json"
+            if not path.exists():
+                steps = args.full_steps + (args.warmup if arm == "erw" else more)
+                settings = ["--proj-decay-half-life", args.half_life, "--warmup-steps", args.warmup,
+                            "--max-train-steps", steps, "--seed", seed, *arm_flags, *flags]
+                result = run_arm(list(map(str, settings)), folder / f"{arm}-{seed}", args.full_steps, every,
+                                 args.samples)
+                path.write_text(json.dumps(result, indent=1))
+            results[arm, seed] = json.loads(path.read_text())
+
+    def seconds(arm, phase):
+        return median(time for seed in args.seeds for time in results[arm, seed]["seconds"][phase])
+    spent = args.warmup * seconds("erw", "warmup") + args.full_steps * seconds("erw", "full")
+    print("| arm | ms a step | error at equal full steps | steps at equal compute | error at equal compute "
+          "| judge accuracy | Frechet distance |\n|---|---|---|---|---|---|---|")
+    errors = {}
+    for arm in ARMS:
+        equal = args.full_steps if arm == "erw" else spent / seconds(arm, "full")
+        for name, step in (("steps", args.full_steps), ("compute", equal)):
+            errors[arm, name] = [error_at(results[arm, seed], step) for seed in args.seeds]
+        cells = [f"{1000 * seconds(arm, 'full'):.0f}", " ".join(f"{e:.4f}" for e in errors[arm, "steps"]),
+                 f"{equal:.0f}", " ".join(f"{e:.4f}" for e in errors[arm, "compute"]),
+                 " ".join(f"{results[arm, seed]['accuracy']:.3f}" for seed in args.seeds),
+                 " ".join(f"{results[arm, seed]['distance']:.2f}" for seed in args.seeds)]
+        print(f"| {arm} | {' | '.join(cells)} |")
+    ratio = seconds("erw", "warmup") / seconds("erw", "full")
+    real, equivalents = results["erw", args.seeds[0]], args.full_steps + ratio * args.warmup
+    print(f"real images: accuracy {real['real_accuracy']:.3f}, distance {real['real_distance']:.2f}\n{args.full_steps} "
+          f"full steps; in erw {args.warmup} of phase I before them, each at {ratio:.2f} of a full one: "
+          f"{equivalents:.0f} full-step equivalents")
+    for name in ("steps", "compute"):
+        for other in ("plain", "repa", "decay"):
+            gains = [theirs - ours for theirs, ours in zip(errors[other, name], errors["erw", name])]
+            bound = 2 * stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
+            verdict = "yes" if mean(gains) > bound else "not established"
+            print(f"erw better than {other} at equal {name}: {verdict} "
+                  f"(error lower by {mean(gains):.4f}, 2 s.e. {bound:.4f})")
+
+
+if __name__ == "__main__":
+    main()
