@@ -250,7 +250,7 @@ def setup(cfg):
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     micro_batch = cfg.micro_batch or max(1, cfg.batch_size // world)
-    if cfg.batch_size < 1 or cfg.batch_size % (world * micro_batch):
+    if not cfg.sample and cfg.batch_size % (world * micro_batch):
         fail(f"--batch-size {cfg.batch_size} is no multiple of {world} ranks x --micro-batch {micro_batch}")
     kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
@@ -317,7 +317,8 @@ def restore(cfg, meta, model, ema, optimizer):
         settings = {name: value for name, value in config.items() if name not in BOOKKEEPING}
         return settings | dict(data=f"{meta['source']}, {meta['count']} images, {meta['num_classes']} classes")
     old, new = identity(checkpoint["config"], checkpoint["data"]), identity(asdict(cfg), meta)
-    if changed := [f"{name} {old.get(name)!r}, now {new.get(name)!r}" for name in old if old[name] != new.get(name)]:
+    if changed := [f"{name} {old.get(name)!r}, now {new.get(name)!r}" for name in old | new
+                   if old.get(name) != new.get(name)]:
         fail(f"{cfg.out} holds another run ({'; '.join(changed)}): choose another --out")
     model.load_state_dict(checkpoint["model"])
     ema.load_state_dict(checkpoint["ema"])
@@ -327,7 +328,7 @@ def restore(cfg, meta, model, ema, optimizer):
 
 def save_run(cfg, name, step, meta, **parts):
     """Write a checkpoint of these parts (model, ema, optimizer) into cfg.out; nothing random is in it."""
-    state = {part: value.state_dict() for part, value in parts.items()}
+    state = {part: value.state_dict() if hasattr(value, "state_dict") else value for part, value in parts.items()}
     save_checkpoint(Path(cfg.out) / name, state | dict(step=step, config=asdict(cfg), data=meta))
 
 
@@ -530,7 +531,7 @@ def synthetic(cfg, run):
     optimizer = torch.optim.Adam(groups, lr=cfg.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.max_train_steps)
     # Samples are measured without chance: they start at 2,000 quantiles of the noise, and so does the truth.
-    quantiles = torch.special.ndtri((torch.arange(2000, device=run.device) + 0.5) / 2000)
+    quantiles = torch.special.ndtri((torch.arange(2000) + 0.5) / 2000).to(run.device)
     centres = torch.tensor([[-CENTRE], [CENTRE]], device=run.device)
 
     def errors(step, count):

@@ -102,7 +102,7 @@ class Config:
 
 
 MODELS = SIT_SIZES
-LAST_STEP = 0.004  # the last step of the second version's SDE sampler
+LAST_STEP = 0.004  # of the second version's Heun SDE; without Heun we sample as REPA and the first version do
 RECIPES = {  # by the beginning of the model's name
     "toy": dict(data="data/toy", resolution=16, batch_size=32, max_train_steps=2000, learning_rate=4e-3, ema_decay=0.99,
                 enc_type="prepared", encoder_depth=2, projector_dim=256, workers=0, log_every=50, save_every=500,
@@ -274,7 +274,7 @@ def setup(cfg):
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     micro_batch = cfg.micro_batch or max(1, cfg.batch_size // world)
-    if cfg.batch_size < 1 or cfg.batch_size % (world * micro_batch):
+    if not cfg.sample and cfg.batch_size % (world * micro_batch):
         fail(f"--batch-size {cfg.batch_size} is no multiple of {world} ranks x --micro-batch {micro_batch}")
     kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
@@ -341,7 +341,8 @@ def restore(cfg, meta, model, ema, optimizer):
         settings = {name: value for name, value in config.items() if name not in BOOKKEEPING}
         return settings | dict(data=f"{meta['source']}, {meta['count']} images, {meta['num_classes']} classes")
     old, new = identity(checkpoint["config"], checkpoint["data"]), identity(asdict(cfg), meta)
-    if changed := [f"{name} {old.get(name)!r}, now {new.get(name)!r}" for name in old if old[name] != new.get(name)]:
+    if changed := [f"{name} {old.get(name)!r}, now {new.get(name)!r}" for name in old | new
+                   if old.get(name) != new.get(name)]:
         fail(f"{cfg.out} holds another run ({'; '.join(changed)}): choose another --out")
     model.load_state_dict(checkpoint["model"])
     ema.load_state_dict(checkpoint["ema"])
@@ -351,7 +352,7 @@ def restore(cfg, meta, model, ema, optimizer):
 
 def save_run(cfg, name, step, meta, **parts):
     """Write a checkpoint of these parts (model, ema, optimizer) into cfg.out; nothing random is in it."""
-    state = {part: value.state_dict() for part, value in parts.items()}
+    state = {part: value.state_dict() if hasattr(value, "state_dict") else value for part, value in parts.items()}
     save_checkpoint(Path(cfg.out) / name, state | dict(step=step, config=asdict(cfg), data=meta))
 
 
@@ -529,7 +530,6 @@ def generate(cfg, run):
     shape, meta = (model.in_channels, model.input_size, model.input_size), checkpoint.get("data", SD_VAE_META)
     bank = open_bank(cfg, run, projection.shape[1], meta.get("teacher"))
     decode = load_decoder(meta, cfg.vae, cfg.vae_ckpt, run.device)
-    # The first version sampled as REPA does; the Heun SDE of the second has a grid of its own.
     times = [*np.linspace(1, LAST_STEP, cfg.num_steps).tolist(), 0.0] if cfg.mode == "sde" and cfg.heun else None
 
     def generate_batch(rows, randn):

@@ -214,8 +214,8 @@ def attention_loss(logits, teacher_logits):
     cross_entropy, entropy = [], []  # (B,) a pair
     for a_student, a_teacher in zip(logits, teacher_logits, strict=True):
         log_q, log_p = (a.float().log_softmax(dim=-1) for a in (a_student, a_teacher))  # finite for any logits
-        p = log_p.exp()
-        cross_entropy.append(-(p * log_q).sum(dim=-1).mean(dim=(1, 2)))  # (B,heads,N,N) -> (B,heads,N) -> (B,)
+        p = log_p.exp()  # (B,heads,N,N), rows of sum 1
+        cross_entropy.append(-(p * log_q).sum(dim=-1).mean(dim=(1, 2)))  # (B,heads,N,N) -> (B,)
         entropy.append(-(p * log_p).sum(dim=-1).mean(dim=(1, 2)))
     loss_attn = torch.stack(cross_entropy).mean(dim=0)
     return loss_attn, (loss_attn - torch.stack(entropy).mean(dim=0)).detach()
@@ -285,7 +285,7 @@ def setup(cfg):
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     micro_batch = cfg.micro_batch or max(1, cfg.batch_size // world)
-    if cfg.batch_size < 1 or cfg.batch_size % (world * micro_batch):
+    if not cfg.sample and cfg.batch_size % (world * micro_batch):
         fail(f"--batch-size {cfg.batch_size} is no multiple of {world} ranks x --micro-batch {micro_batch}")
     kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
@@ -352,7 +352,8 @@ def restore(cfg, meta, model, ema, optimizer):
         settings = {name: value for name, value in config.items() if name not in BOOKKEEPING}
         return settings | dict(data=f"{meta['source']}, {meta['count']} images, {meta['num_classes']} classes")
     old, new = identity(checkpoint["config"], checkpoint["data"]), identity(asdict(cfg), meta)
-    if changed := [f"{name} {old.get(name)!r}, now {new.get(name)!r}" for name in old if old[name] != new.get(name)]:
+    if changed := [f"{name} {old.get(name)!r}, now {new.get(name)!r}" for name in old | new
+                   if old.get(name) != new.get(name)]:
         fail(f"{cfg.out} holds another run ({'; '.join(changed)}): choose another --out")
     model.load_state_dict(checkpoint["model"])
     ema.load_state_dict(checkpoint["ema"])
@@ -362,7 +363,7 @@ def restore(cfg, meta, model, ema, optimizer):
 
 def save_run(cfg, name, step, meta, **parts):
     """Write a checkpoint of these parts (model, ema, optimizer) into cfg.out; nothing random is in it."""
-    state = {part: value.state_dict() for part, value in parts.items()}
+    state = {part: value.state_dict() if hasattr(value, "state_dict") else value for part, value in parts.items()}
     save_checkpoint(Path(cfg.out) / name, state | dict(step=step, config=asdict(cfg), data=meta))
 
 
@@ -446,8 +447,7 @@ def train(cfg, run):
                                                           cfg.path_type)
                     loss = (velocity + cfg.proj_coeff * proj + cfg.attn_coeff * attn).mean()
                 (loss / run.accumulation).backward()
-            means = [term.mean().detach() for term in (loss, velocity, proj, attn, kl)]
-            terms += torch.stack(means) / run.accumulation
+            terms += torch.stack([loss, *map(torch.mean, (velocity, proj, attn, kl))]).detach() / run.accumulation
         grad_norm, finite = optimizer_step(optimizer, parameters, cfg.max_grad_norm)
         update_ema(ema, model, cfg.ema_decay)
         aligned = dict(loss_proj=terms[2], loss_attn=terms[3], kl_attn=terms[4]) if model.aligned else {}
@@ -544,8 +544,7 @@ def attention_kl(cfg, run, path):
     """KL(teacher || student) of the attention of the EMA weights in `path`: the mean over 256 held-out images."""
     data = PreparedData(f"{cfg.data}/val", cfg.resolution)
     teacher, model = build(replace(cfg, proj_coeff=0.0, attn_coeff=1.0), data, run)
-    weights = {name: w for name, w in load_weights(path)[0].items() if not name.startswith("projectors.")}
-    model.load_state_dict(weights)
+    model.load_state_dict({name: w for name, w in load_weights(path)[0].items() if not name.startswith("projectors.")})
     batch = {name: tensor.to(run.device) for name, tensor in data[np.arange(256)].items()}
     normal, uniform = step_draws(cfg.seed, 0, 256, SimpleNamespace(rank=0, world=1, device=run.device))
     with torch.no_grad(), run.autocast():

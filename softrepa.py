@@ -101,8 +101,8 @@ class Config:
 
 
 MODELS = "toy", "sd3"
-RECIPES = {"toy": dict(data="data/pairs", resolution=16, batch_size=8, max_train_steps=400, n_dc_layers=3,
-                       workers=0, log_every=20, save_every=50, num_steps=20, cfg_scale=1.0)}
+RECIPES = {"toy": dict(data="data/pairs", resolution=16, batch_size=8, max_train_steps=1000, n_dc_layers=3,
+                       workers=0, log_every=50, save_every=100, num_steps=20, cfg_scale=1.0)}
 # What may change between a run and its continuation: how it is carried out, not what it computes.
 BOOKKEEPING = ("data out max_train_steps compile workers log_every save_every init ckpt sample num_steps cfg_scale "
                "guidance_low guidance_high bench nrows recompute sd3_ckpt merges prompts soft").split()
@@ -240,7 +240,7 @@ def setup(cfg):
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     micro_batch = cfg.micro_batch or max(1, cfg.batch_size // world)
-    if cfg.batch_size < 1 or cfg.batch_size % (world * micro_batch):
+    if not cfg.sample and cfg.batch_size % (world * micro_batch):
         fail(f"--batch-size {cfg.batch_size} is no multiple of {world} ranks x --micro-batch {micro_batch}")
     kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
@@ -278,7 +278,7 @@ def optimizer_step(optimizer, parameters, max_grad_norm):
 
 def save_run(cfg, name, step, meta, **parts):
     """Write a checkpoint of these parts (model, ema, optimizer) into cfg.out; nothing random is in it."""
-    state = {part: value.state_dict() for part, value in parts.items()}
+    state = {part: value.state_dict() if hasattr(value, "state_dict") else value for part, value in parts.items()}
     save_checkpoint(Path(cfg.out) / name, state | dict(step=step, config=asdict(cfg), data=meta))
 
 
@@ -353,7 +353,7 @@ def step_chunks(cfg, run, velocity, data, batch, draws):
 
 
 @torch.no_grad()
-def validate(cfg, run, model, soft, data, batches=8):
+def validate(cfg, run, model, soft, data, batches=16):
     """Means over batches of held-out pairs, always the same ones with the same draws: {term: value}."""
     velocity, sums = functools.partial(soft_velocity, model, soft), 0
     count = cfg.batch_size if cfg.objective == "contrastive" else cfg.batch_size ** 2
@@ -379,7 +379,8 @@ def resume(cfg, meta, soft, optimizer):
     old, new = ({name: value for name, value in config.items() if name not in BOOKKEEPING}
                 | dict(data=f"{data['source']}, {data['count']} pairs")
                 for config, data in ((saved["config"], saved["data"]), (asdict(cfg), meta)))
-    if changed := [f"{name} {old[name]!r}, now {new.get(name)!r}" for name in old if old[name] != new.get(name)]:
+    if changed := [f"{name} {old.get(name)!r}, now {new.get(name)!r}" for name in old | new
+                   if old.get(name) != new.get(name)]:
         fail(f"{cfg.out} holds another run ({'; '.join(changed)}): choose another --out")
     soft.load_state_dict(saved["soft"])
     optimizer.load_state_dict(saved["optimizer"])
@@ -566,7 +567,7 @@ def main(argv=None):
     """Train or sample, as the command line says; the toy does both and says what came of it."""
     cfg = parse(argv)
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if cfg.nrows and cfg.batch_size % (world * cfg.nrows):
+    if cfg.nrows and not cfg.sample and cfg.batch_size % (world * cfg.nrows):
         fail(f"--batch-size {cfg.batch_size} is no multiple of {world} ranks x --nrows {cfg.nrows}")
     if not cfg.min_t < cfg.max_t <= 1000:
         fail(f"--min-t {cfg.min_t} --max-t {cfg.max_t}: times are integers from the first to below the second, of 1000")

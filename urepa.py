@@ -125,9 +125,9 @@ BOOKKEEPING = ("data out micro_batch max_train_steps teacher_ckpt vae vae_ckpt c
                "keep_every preview_every ckpt sample labels mode num_steps heun cfg_scale guidance_low guidance_high "
                "bench").split()
 RANGES = [("resolution batch_size max_train_steps log_every save_every num_steps cfg_scale projector_dim", 1, 1e12),
-          ("micro_batch learning_rate proj_coeff manifold_weight seed workers keep_every preview_every sample bench", 0,
-           1e12),
-          ("ema_decay cfg_prob guidance_low guidance_high", 0, 1), ("max_grad_norm", 1e-12, 1e12)]
+          ("micro_batch learning_rate proj_coeff seed workers keep_every preview_every sample bench", 0, 1e12),
+          ("ema_decay cfg_prob guidance_low guidance_high", 0, 1), ("max_grad_norm", 1e-12, 1e12),
+          ("manifold_weight", 0, 1e12)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def setup(cfg):
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     micro_batch = cfg.micro_batch or max(1, cfg.batch_size // world)
-    if cfg.batch_size < 1 or cfg.batch_size % (world * micro_batch):
+    if not cfg.sample and cfg.batch_size % (world * micro_batch):
         fail(f"--batch-size {cfg.batch_size} is no multiple of {world} ranks x --micro-batch {micro_batch}")
     kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
@@ -381,7 +381,8 @@ def restore(cfg, meta, model, ema, optimizer):
         settings = {name: value for name, value in config.items() if name not in BOOKKEEPING}
         return settings | dict(data=f"{meta['source']}, {meta['count']} images, {meta['num_classes']} classes")
     old, new = identity(checkpoint["config"], checkpoint["data"]), identity(asdict(cfg), meta)
-    if changed := [f"{name} {old.get(name)!r}, now {new.get(name)!r}" for name in old if old[name] != new.get(name)]:
+    if changed := [f"{name} {old.get(name)!r}, now {new.get(name)!r}" for name in old | new
+                   if old.get(name) != new.get(name)]:
         fail(f"{cfg.out} holds another run ({'; '.join(changed)}): choose another --out")
     model.load_state_dict(checkpoint["model"])
     ema.load_state_dict(checkpoint["ema"])
@@ -391,7 +392,7 @@ def restore(cfg, meta, model, ema, optimizer):
 
 def save_run(cfg, name, step, meta, **parts):
     """Write a checkpoint of these parts (model, ema, optimizer) into cfg.out; nothing random is in it."""
-    state = {part: value.state_dict() for part, value in parts.items()}
+    state = {part: value.state_dict() if hasattr(value, "state_dict") else value for part, value in parts.items()}
     save_checkpoint(Path(cfg.out) / name, state | dict(step=step, config=asdict(cfg), data=meta))
 
 
@@ -409,10 +410,9 @@ def build(cfg, data, run):
                 for name, file in zip(names, files)]
     torch.manual_seed(cfg.seed)  # the student begins alike with any teacher, or none
     sizes = MODELS[cfg.model]
-    before, middle, _ = sizes["depths"]
-    if names and not before < cfg.encoder_depth <= before + middle:
-        fail(f"--encoder-depth {cfg.encoder_depth} is not among the middle blocks of {cfg.model}, {before + 1} to "
-             f"{before + middle}")
+    first, last = sizes["depths"][0] + 1, sum(sizes["depths"][:2])
+    if names and not first <= cfg.encoder_depth <= last:
+        fail(f"--encoder-depth {cfg.encoder_depth}: the middle blocks of {cfg.model} are {first} to {last}")
     model = SiTDown(data.shape[-1], data.shape[0], data.meta["num_classes"], sizes,
                     cfg.encoder_depth, [teacher.width for teacher in teachers], cfg.projector_dim)
     for name, teacher in zip(names, teachers):
@@ -463,8 +463,7 @@ def train(cfg, run):
                     velocity, proj, manifold = urepa_loss(net, x, t[rows], noise[rows], y, zs, cfg.path_type)
                     loss = (velocity + cfg.proj_coeff * (proj + cfg.manifold_weight * manifold)).mean()
                 (loss / run.accumulation).backward()
-            means = torch.stack([loss, velocity.mean(), proj.mean(), manifold.mean()])
-            terms += means.detach() / run.accumulation
+            terms += torch.stack([loss, velocity.mean(), proj.mean(), manifold.mean()]).detach() / run.accumulation
         grad_norm, finite = optimizer_step(optimizer, parameters, cfg.max_grad_norm)
         update_ema(ema, model, cfg.ema_decay)
         log.add(finite, loss=terms[0], loss_velocity=terms[1], loss_proj=terms[2], loss_manifold=terms[3],

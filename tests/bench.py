@@ -103,7 +103,8 @@ def machine(*files):
     """One line on what ran where."""
     hashes = {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest()[:8] for name in files}
     device = torch.cuda.get_device_name() if IS_CUDA else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return f"torch {torch.__version__}, CUDA {torch.version.cuda if IS_CUDA else 'none'}, {device}; {json.dumps(hashes)}"
+    cuda = f", CUDA {torch.version.cuda}" if IS_CUDA else ""
+    return f"torch {torch.__version__}{cuda}, {device}; {json.dumps(hashes)}"
 
 
 def bench_training(name, flags):

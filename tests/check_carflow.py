@@ -4,9 +4,9 @@
     python tests/check_carflow.py --name cifar16 --samples 2000 --data data/cifar16 --max-train-steps 1000
 
 All arms of a seed begin as the same network and see the same images, noise and times. The rest is as in
-compare_alignment.py, whose flags it takes; here the validation velocity loss and the shifts of the EMA model are kept,
-too, for the least loss is the same in all arms. Passed if joint is below none in two thirds of the pairs at the end, and
-its mu0 - mu1 points where the class means do (cosine above 0.8). `shifts.png` shows both, as columns by class.
+compare_alignment.py, whose flags it takes; here the EMA model's validation velocity loss and its shifts are kept, too:
+the least loss is the same in all arms. Passed if joint is below none in two thirds of the pairs at the end, and its
+mu0 - mu1 points where the class means do (cosine above 0.8). `shifts.png` shows both, a column per class.
 """
 import json
 import sys

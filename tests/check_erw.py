@@ -7,16 +7,17 @@
 
     python tests/check_erw.py --data data/cifar16 --seeds 0 1 2
 
-Measured is the velocity error of the EMA model on held-out images (DATA/val; the same noise and times for all), and the
-judge's view of samples at equal full steps. "Equal compute" gives the other arms the time that erw spent on phase I
-too, at the median step times of all runs: they train on, and their error there is read between two checkpoints. Flags
-it does not know go to erw.py. Writes runs/check-erw-NAME, prints tables, and skips what is there already.
+Measured is the velocity error of the EMA model on held-out images (DATA/val; the same noise and times for all), CKNNA
+with the teacher, and the judge's view of samples, at equal full steps. "Equal compute" gives the other arms the time
+that erw spent on phase I too: they train on, and their error is read between two checkpoints. A step's time is the
+fastest ten steps of all seeds: what else runs on the machine only slows them. Flags it does not know go to
+erw.py. Writes runs/check-erw-NAME, prints tables, and skips what is there already.
 """
 import argparse
 import json
 import sys
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 
 import torch
 
@@ -28,6 +29,7 @@ from common import PreparedData, clean_input, image_randn, init_from, interpolat
 ARMS = {"plain": ["--warmup-steps", "0", "--proj-coeff", "0"],
         "repa": ["--warmup-steps", "0", "--proj-decay-half-life", "inf"],
         "decay": ["--warmup-steps", "0"], "erw": []}
+MORE = {"plain": 0.9, "repa": 0.4, "decay": 0.4, "erw": 0.0}  # steps beyond equal full steps: a plain one is cheaper
 
 
 @torch.no_grad()
@@ -44,7 +46,7 @@ def held_out_error(model, data, device, count=2000):
 
 
 def run_arm(flags, out, full_steps, every, samples):
-    """Train one arm: its held-out errors by full steps, its median step times, the judge's figures at full_steps."""
+    """Train one arm: held-out errors by full steps, seconds a step, CKNNA, and the judge's view of samples."""
     cfg = erw.parse([*flags, "--out", str(out), "--keep-every", str(every), "--preview-every", "0"])
     run = erw.setup(cfg)
     erw.train(cfg, run)
@@ -56,11 +58,16 @@ def run_arm(flags, out, full_steps, every, samples):
     for step in range(every, cfg.max_train_steps - cfg.warmup_steps + 1, every):
         init_from(out / f"ema-{cfg.warmup_steps + step}.pt", model)
         errors[step] = held_out_error(model, held_out, run.device)
+    cknna = {}
+    for step in (0, every, full_steps):  # of phase II; 0 is the end of phase I
+        if (ckpt := out / f"ema-{cfg.warmup_steps + step}.pt").exists():
+            cknna[step] = erw.main(["--probe", "1000", "--data", cfg.data, "--ckpt", str(ckpt)])
     erw.main(["--sample", str(samples), "--ckpt", str(out / f"ema-{cfg.warmup_steps + full_steps}.pt"),
               "--micro-batch", "32"])
     [figures] = evaluate.main([str(out / "samples.npz"), cfg.data])
-    return dict(errors=errors, seconds=seconds, accuracy=figures["judge_accuracy"], distance=figures["judge_fd"],
-                real_accuracy=figures["real_accuracy"], real_distance=figures["real_fd"])
+    return dict(errors=errors, seconds=seconds, cknna=cknna, accuracy=figures["judge_accuracy"],
+                distance=figures["judge_fd"], real_accuracy=figures["real_accuracy"],
+                real_distance=figures["real_fd"])
 
 
 def error_at(result, step):
@@ -83,13 +90,12 @@ def main():
     parser.add_argument("--samples", type=int, default=1000)
     args, flags = parser.parse_known_args()
     folder, results, every = Path(f"runs/check-erw-{args.name}"), {}, 100
-    more = args.warmup + every  # a step of phase I costs no more than a full one
     for seed in args.seeds:
         for arm, arm_flags in ARMS.items():
             path = folder / f"{arm}-{seed}.json"
             if not path.exists():
-                steps = args.full_steps + (args.warmup if arm == "erw" else more)
-                settings = ["--proj-decay-half-life", args.half_life, "--warmup-steps", args.warmup,
+                steps = round(args.full_steps * (1 + MORE[arm])) + (args.warmup if arm == "erw" else 0)
+                settings = ["--proj-decay-half-life", args.half_life, "--warmup-steps", args.warmup, "--log-every", 10,
                             "--max-train-steps", steps, "--seed", seed, *arm_flags, *flags]
                 result = run_arm(list(map(str, settings)), folder / f"{arm}-{seed}", args.full_steps, every,
                                  args.samples)
@@ -97,7 +103,7 @@ def main():
             results[arm, seed] = json.loads(path.read_text())
 
     def seconds(arm, phase):
-        return median(time for seed in args.seeds for time in results[arm, seed]["seconds"][phase])
+        return min(time for seed in args.seeds for time in results[arm, seed]["seconds"][phase])
     spent = args.warmup * seconds("erw", "warmup") + args.full_steps * seconds("erw", "full")
     print("| arm | ms a step | error at equal full steps | steps at equal compute | error at equal compute "
           "| judge accuracy | Frechet distance |\n|---|---|---|---|---|---|---|")
@@ -116,6 +122,9 @@ def main():
     print(f"real images: accuracy {real['real_accuracy']:.3f}, distance {real['real_distance']:.2f}\n{args.full_steps} "
           f"full steps; in erw {args.warmup} of phase I before them, each at {ratio:.2f} of a full one: "
           f"{equivalents:.0f} full-step equivalents")
+    for arm in ARMS:
+        for step, scores in results[arm, args.seeds[0]]["cknna"].items():
+            print(f"CKNNA by block, {arm}, full step {step}: {' '.join(f'{score:.3f}' for score in scores)}")
     for name in ("steps", "compute"):
         for other in ("plain", "repa", "decay"):
             gains = [theirs - ours for theirs, ours in zip(errors[other, name], errors["erw", name])]

@@ -51,8 +51,9 @@ def shuffled_loss(model, x, t, noise, y, zs, path_type):
 
 
 def images_of(path, resolution, count, device):
-    """The first images of a prepared set: x (B,3,H,W), labels (B,), and the uint8 pixels."""
-    batch = PreparedData(path, resolution)[np.arange(count)]
+    """Images from all over a prepared set, which may be sorted by class: x (B,3,H,W), labels (B,), uint8 pixels."""
+    data = PreparedData(path, resolution)
+    batch = data[np.arange(count) * len(data) // count]
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     return clean_input(batch, {}, None), batch["labels"], batch["images"]
 
@@ -96,7 +97,7 @@ def held_out(cfg, run, count=1000):
 
 
 def best_possible(cfg, weight, count=200, steps=600):
-    """Cosine and Gram error of vectors chosen freely, image by image, for the middle tokens: no network does better."""
+    """Cosine and Gram error of vectors chosen freely, per image, as middle tokens: hardly a network does better."""
     pixels = images_of(Path(cfg.data) / "val", cfg.resolution, count, "cpu")[2]
     s = F.normalize(load_teacher("prepared", cfg.resolution, f"{cfg.data}/teacher.pt")(pixels)[1], dim=-1)
     h = urepa.to_tokens(F.avg_pool2d(urepa.to_grid(s), 2)).requires_grad_()
@@ -157,7 +158,8 @@ def main():
         return
     cfg = urepa.parse(flags)
     for weight in (0, cfg.manifold_weight):
-        print("free middle tokens, w {:g}: cosine {:.3f}, Gram error {:.4f}".format(weight, *best_possible(cfg, weight)))
+        cosine, gram = best_possible(cfg, weight)
+        print(f"free middle tokens, w {weight:g}: cosine {cosine:.3f}, Gram error {gram:.4f}")
     mean = {(arm, name): np.mean([found[arm, seed].get(name, np.nan) for seed in args.seeds])
             for arm in args.arms for name in COLUMNS}
     gram, cosine = mean["full", "gram"] / mean["cosine", "gram"], mean["full", "cosine"] - mean["cosine", "cosine"]

@@ -165,6 +165,16 @@ def test_every_output_of_the_fixture_was_compared():
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss and the schedule
 # ---------------------------------------------------------------------------------------------------------------------
+def test_rope_in_both_phases_or_one():
+    never, always, phase2 = (filled(use_rope) for use_rope in ("never", "always", "phase2"))
+
+    def output(model, phase):
+        return model(X, T, Y, phase)[1][0]
+    assert torch.equal(output(phase2, 1), output(never, 1)) and torch.equal(output(phase2, 2), output(always, 2))
+    for phase in (1, 2):
+        assert (output(always, phase) - output(never, phase)).norm() > 0.1 * output(never, phase).norm()
+
+
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 def test_phase_1_sees_the_clean_input_and_no_later_block(path):
     model, generator = filled(), torch.Generator().manual_seed(0)
@@ -228,11 +238,12 @@ def test_a_run_goes_on_from_any_step_of_either_phase(data, tmp_path, unbroken, s
 
 
 def test_what_each_phase_trains_and_what_the_switch_keeps(data, tmp_path, monkeypatch):
-    saved = {}
+    saved, frozen = {}, {}
 
     def record(cfg, name, step, meta, **parts):
         state = {part: parts[part].state_dict() for part in ("model", "ema", "optimizer")}
         names = [name for name, p in parts["model"].named_parameters() if name != "pos_embed"]
+        frozen[step] = {name for name, p in parts["model"].named_parameters() if not p.requires_grad}
         saved[step] = ({part: {key: value.clone() for key, value in state[part].items()} for part in ("model", "ema")},
                        {names[i]: moments["step"].item() for i, moments in state["optimizer"]["state"].items()})
     monkeypatch.setattr(erw, "save_run", record)
@@ -241,6 +252,7 @@ def test_what_each_phase_trains_and_what_the_switch_keeps(data, tmp_path, monkey
     emas = {step: parts["ema"] for step, (parts, _) in saved.items()}
     resting = {name for name in models[1] if re.match(r"blocks\.[123]\.|final_layer\.", name)}
     trained = models[1].keys() - resting - {"pos_embed"}
+    assert frozen[WARMUP] == resting | {"pos_embed"} and frozen[WARMUP + 1] == {"pos_embed"}  # DDP waits for no other
     for name in resting | {"pos_embed"}:  # phase I leaves them as they were
         assert torch.equal(models[WARMUP][name], models[1][name]), name
     assert all(not torch.equal(models[WARMUP][name], models[1][name]) for name in trained)
@@ -304,7 +316,7 @@ def test_compiled_blocks_share_one_graph_in_both_phases(data, tmp_path, monkeypa
 
 def test_the_cost_is_told_twice(tmp_path, capsys):
     cfg = erw.parse(["--out", str(tmp_path), "--warmup-steps", "100", "--max-train-steps", "400"])
-    rates = [(50, 400), (100, 40), (150, 99), (200, 100), (250, 100), (300, 1), (400, 101)]  # some are disturbed
+    rates = [(50, 400), (100, 40), (150, 99), (200, 100), (250, 100), (300, 1), (400, 98)]  # some are disturbed
     lines = [dict(step=step, images_per_s=rate) for step, rate in [(40, 400), *rates]]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     erw.report_cost(cfg)

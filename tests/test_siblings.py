@@ -1,6 +1,6 @@
 """What every script must do with its own method: exact resume, ranks and micro-batches that change nothing, samples.
 
-tests/test_training.py asks more of repa.py, whose plumbing the others share; this file asks whether each method keeps it.
+tests/test_training.py asks more of repa.py, whose plumbing the others share; this asks whether each method keeps it.
 """
 import importlib
 import json
@@ -22,7 +22,7 @@ SETTINGS = {
     "haste": ["--early-stop-point", "6"],
     "urepa": [],
     "carflow": [],
-    "gmem": [],
+    "gmem": ["--mem-null-prob", "0.3", "--cosine-coeff", "1"],
     "erw": ["--warmup-steps", "2", "--proj-decay-half-life", "4", "--use-rope", "always"],  # ends within 3 steps
 }
 NAMES = [script.stem for script in SCRIPTS if script.stem in SETTINGS]

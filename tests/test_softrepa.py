@@ -2,6 +2,7 @@
 import functools
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -271,9 +272,9 @@ def keep_signals():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """prepare.py's toy: 400 pairs, 20 of them held out, and a model of five steps."""
+    """prepare.py's toy: 400 pairs, 20 of them held out, and a model of sixty steps."""
     path = tmp_path_factory.mktemp("softrepa") / "pairs"
-    prepare.prepare_pairs(path, count=400, steps=5)
+    prepare.prepare_pairs(path, count=400, steps=60)
     return path
 
 
@@ -437,21 +438,19 @@ def test_the_oracle_is_exact_and_sees_every_word():
     assert (context[same] == context[0]).all() and len(np.unique(context[:, 0], axis=0)) == 6
 
 
-def test_report(data, tmp_path, monkeypatch, capsys):
+def test_report(tmp_path, capsys):
     """The table at the end: base and soft, four figures each, and the picture."""
-    softrepa.main(flags(data, tmp_path / "run", 2))
-    cfg = softrepa.parse(flags(data, tmp_path / "run", 2))
-    capsys.readouterr()
-    monkeypatch.setattr(softrepa, "save_picture", lambda images, path, columns=8: None)
-    with pytest.raises(ValueError):  # 20 held-out images do not fill the picture of 24
-        softrepa.report_toy(cfg, softrepa.setup(cfg))
-    big = tmp_path / "pairs"
-    prepare.prepare_pairs(big, count=500, steps=2)
-    softrepa.report_toy(replace(cfg, data=str(big)), softrepa.setup(cfg))
+    prepare.prepare_pairs(tmp_path / "pairs", count=500, steps=2)
+    given = flags(tmp_path / "pairs", tmp_path / "run", 2)
+    softrepa.main(given)
+    cfg = softrepa.parse(given)
+    softrepa.report_toy(cfg, softrepa.setup(cfg))
     lines = capsys.readouterr().out.splitlines()
-    table = [line.split() for line in lines if line.startswith(("base", "soft"))]
+    table = [line.split() for line in lines if line.startswith(("base  ", "soft  "))]
     assert [row[0] for row in table] == ["base", "soft"] and all(len(row) == 5 for row in table)
     assert any("real images: 100%" in line for line in lines)
+    from PIL import Image
+    assert Image.open(tmp_path / "run/before-after.png").size == (8 * (96 + 2) + 2, 9 * (96 + 2) + 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -652,3 +651,18 @@ def test_wrong_captions(photos, tmp_path):
     assert "text.png' cannot be read" in says('{"text.png": "a cat"}')
     assert "no multiple of 16" in error_of(prepare_text, tmp_path, "--resolution", "40")
     assert "exists already" in error_of(prepare_text, tmp_path, "--out", tmp_path)
+
+
+@pytest.mark.slow
+def test_one_true_step_of_sd3_medium(monkeypatch, tmp_path):
+    """All 2.03 B parameters, random, on the CPU: 64 px, two images with two texts, a chunk each; fp32, inside 16 GB."""
+    steps, true = [], softrepa.optimizer_step
+    monkeypatch.setattr(softrepa, "optimizer_step", lambda optimizer, parameters, norm: (
+        steps.append([p.grad.clone() for p in parameters]), true(optimizer, parameters, norm))[1])
+    softrepa.main(["--model", "sd3", "--bench", "1", "--resolution", "64", "--batch-size", "2", "--nrows", "1",
+                   "--precision", "fp32", "--no-compile", "--recompute", "--workers", "0", "--out", str(tmp_path)])
+    [(tokens_grad, time_grad)] = steps
+    assert tokens_grad.shape == (5, 4, 1536) and time_grad.shape == (100, 7680)
+    assert tokens_grad.isfinite().all() and tokens_grad.abs().sum(dim=(1, 2)).min() > 0  # every block's tokens
+    assert time_grad.any(dim=1).sum() == 1  # one time, one row
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 16e9

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=2 tests/two_ranks.py FOLDER      # does the jobs of FOLDER/jobs.json one after the other,
                                                                # writes what `record` returns to FOLDER/<job>-<rank>.pt
-A job is {"script": "repa", "args": the command line, "poison": {"ranks": [...], "steps": [...]}}; only args must be there.
+A job is {"script": "repa", "args": the command line, "poison": {"ranks": [...], "steps": [...]}}; only args is a must.
 """
 import contextlib
 import importlib
@@ -24,7 +24,7 @@ def flat(tensors):
 
 
 def record(args, poison=None, script="repa"):
-    """The script's main(args), with notes: its first gradients, what every poisoned step did, when it called all_reduce.
+    """The script's main(args), with notes: its first gradients, what poisoned steps did, when it called all_reduce.
 
     poison: at these steps (1 is the first that this process makes) of these ranks REPA's loss is not a number.
     `reductions` holds one entry per dist.all_reduce: the number of steps made by then.
