@@ -45,10 +45,11 @@ from torch import distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import (SD_VAE_META, SIT_SIZES, Flows1D, Log, PreparedData, SiT, SyntheticData, catch_stop, clean_input,
+from common import (SD_VAE_META, SIT_SIZES, Log, PreparedData, SiT, SyntheticData, catch_stop, clean_input,
                     draw_paths, fail, first_line, first_rank_first, image_randn, init_from as init_sit, interpolate,
                     load_checkpoint, load_decoder, load_weights, lognormal_time, make_folder, micro_batches, mix_seed,
-                    path_coefficients, run_tool, sample, sample_npz, save_checkpoint, say, sit_from_weights, step_draws)
+                    path_coefficients, run_tool, sample, sample_npz, save_checkpoint, say, sit_from_weights, step_draws,
+                    timestep_embedding)
 
 
 @dataclass
@@ -512,11 +513,61 @@ def diagnose(model, data, run, count=2000):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The paper's experiment in one dimension: classes N(-1.5, 0.2^2) and N(1.5, 0.2^2); the networks are common.py's
+# The paper's experiment in one dimension: classes N(-1.5, 0.2^2) and N(1.5, 0.2^2)
 # ---------------------------------------------------------------------------------------------------------------------
 CENTRE, STD, SEEDS, STEPS_SHOWN = 1.5, 0.2, 3, (50, 100, 200, 300, 500, 1000, 4000)
 VARIANTS = dict(none=(0, 0, 0, 0), source=(1, 0, 0, 0), target=(0, 1, 0, 0), joint=(1, 1, 0, 0),
                 scale_source=(1, 0, 1, 0), scale_target=(0, 1, 0, 1))  # what is learned: mu0, mu1, log s0, log s1
+
+
+class Flows1D(nn.Module):
+    """M = variants x seeds velocity networks on the line, with learned shifts and scales of noise and data by class.
+
+    The 1,993 parameters that CAR-Flow gives fit layers of 56 -> 24 -> 24 -> 1 on sinusoids of z (24), t (24) and the
+    class y, 0 or 1 (8). Shifts and log-scales are a Linear(8, 1) each, of the class's sinusoids, and begin at 0.
+    learned: per variant, which of mu0, mu1, log s0, log s1 it has (0 or 1); seeds begin alike in all variants.
+    """
+
+    def __init__(self, learned, seeds):
+        super().__init__()
+        for name, i, o in (("fc1", 56, 24), ("fc2", 24, 24), ("fc3", 24, 1)):  # (M,o,i+1), the bias in the last column
+            weight = torch.empty(seeds, o, i + 1).uniform_(-i ** -0.5, i ** -0.5)
+            self.register_parameter(name, nn.Parameter(weight.repeat(len(learned), 1, 1)))
+        self.ends = nn.Parameter(torch.zeros(len(learned) * seeds, 4, 9))
+        learned = torch.tensor(learned).float().repeat_interleave(seeds, dim=0)
+        self.register_buffer("learned", learned.unsqueeze(1))  # (M,1,4)
+
+    @staticmethod
+    def linear(weight, h):
+        """(M,B,i) -> (M,B,o)."""
+        return torch.baddbmm(weight[..., -1].unsqueeze(1), h, weight[..., :-1].mT)
+
+    def shifts_and_scales(self, y):
+        """mu0, mu1, s0, s1 (M,B) of classes y (M,B)."""
+        mu0, mu1, log_s0, log_s1 = (self.linear(self.ends, timestep_embedding(y, 8)) * self.learned).unbind(dim=-1)
+        return mu0, mu1, log_s0.exp(), log_s1.exp()
+
+    def velocity(self, z, t, y):
+        """v_theta (M,B)."""
+        h = torch.cat([timestep_embedding(z, 24), timestep_embedding(t, 24), timestep_embedding(y, 8)], dim=-1)
+        h = F.silu(self.linear(self.fc2, F.silu(self.linear(self.fc1, h))))
+        return self.linear(self.fc3, h).squeeze(-1)
+
+    def forward(self, x, noise, t, y):
+        """Between z1 = s1 x + mu1 and z0 = s0 noise + mu0: z_t, v_theta there and its target z0 - z1, each (M,B)."""
+        mu0, mu1, s0, s1 = self.shifts_and_scales(y)
+        z1, z0 = s1 * x + mu1, s0 * noise + mu0
+        z_t = (1 - t) * z1 + t * z0
+        return z_t, self.velocity(z_t, t, y), z0 - z1
+
+    @torch.no_grad()
+    def paths(self, noise, y, num_steps):
+        """Euler from t = 1 to 0: the path z (num_steps+1,M,B), and the data x (M,B) at its end."""
+        mu0, mu1, s0, s1 = self.shifts_and_scales(y)
+        z = [s0 * noise + mu0]
+        for t in torch.linspace(1, 0, num_steps + 1)[:-1].to(y):
+            z.append(z[-1] - self.velocity(z[-1], t.expand_as(y), y) / num_steps)
+        return torch.stack(z), (z[-1] - mu1) / s1
 
 
 def synthetic(cfg, run):

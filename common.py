@@ -1384,87 +1384,7 @@ def clean_input(batch, meta, noise):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Flows in one dimension, for experiments that take a minute: many networks side by side, and a picture of their paths.
-# ---------------------------------------------------------------------------------------------------------------------
-class Flows1D(nn.Module):
-    """M = variants x seeds velocity networks on the line, with learned shifts and scales of noise and data by class.
-
-    The 1,993 parameters that CAR-Flow gives fit layers of 56 -> 24 -> 24 -> 1 on sinusoids of z (24), t (24) and the
-    class y, 0 or 1 (8). Shifts and log-scales are a Linear(8, 1) each, of the class's sinusoids, and begin at 0.
-    learned: per variant, which of mu0, mu1, log s0, log s1 it has (0 or 1); seeds begin alike in all variants.
-    """
-
-    def __init__(self, learned, seeds):
-        super().__init__()
-        for name, i, o in (("fc1", 56, 24), ("fc2", 24, 24), ("fc3", 24, 1)):  # (M,o,i+1), the bias in the last column
-            weight = torch.empty(seeds, o, i + 1).uniform_(-i ** -0.5, i ** -0.5)
-            self.register_parameter(name, nn.Parameter(weight.repeat(len(learned), 1, 1)))
-        self.ends = nn.Parameter(torch.zeros(len(learned) * seeds, 4, 9))
-        learned = torch.tensor(learned).float().repeat_interleave(seeds, dim=0)
-        self.register_buffer("learned", learned.unsqueeze(1))  # (M,1,4)
-
-    @staticmethod
-    def linear(weight, h):
-        """(M,B,i) -> (M,B,o)."""
-        return torch.baddbmm(weight[..., -1].unsqueeze(1), h, weight[..., :-1].mT)
-
-    def shifts_and_scales(self, y):
-        """mu0, mu1, s0, s1 (M,B) of classes y (M,B)."""
-        mu0, mu1, log_s0, log_s1 = (self.linear(self.ends, timestep_embedding(y, 8)) * self.learned).unbind(dim=-1)
-        return mu0, mu1, log_s0.exp(), log_s1.exp()
-
-    def velocity(self, z, t, y):
-        """v_theta (M,B)."""
-        h = torch.cat([timestep_embedding(z, 24), timestep_embedding(t, 24), timestep_embedding(y, 8)], dim=-1)
-        h = F.silu(self.linear(self.fc2, F.silu(self.linear(self.fc1, h))))
-        return self.linear(self.fc3, h).squeeze(-1)
-
-    def forward(self, x, noise, t, y):
-        """Between z1 = s1 x + mu1 and z0 = s0 noise + mu0: z_t, v_theta there and its target z0 - z1, each (M,B)."""
-        mu0, mu1, s0, s1 = self.shifts_and_scales(y)
-        z1, z0 = s1 * x + mu1, s0 * noise + mu0
-        z_t = (1 - t) * z1 + t * z0
-        return z_t, self.velocity(z_t, t, y), z0 - z1
-
-    @torch.no_grad()
-    def paths(self, noise, y, num_steps):
-        """Euler from t = 1 to 0: the path z (num_steps+1,M,B), and the data x (M,B) at its end."""
-        mu0, mu1, s0, s1 = self.shifts_and_scales(y)
-        z = [s0 * noise + mu0]
-        for t in torch.linspace(1, 0, num_steps + 1)[:-1].to(y):
-            z.append(z[-1] - self.velocity(z[-1], t.expand_as(y), y) / num_steps)
-        return torch.stack(z), (z[-1] - mu1) / s1
-
-
-def draw_paths(path, titles, z, reach=5):
-    """A panel per title: 40 of the paths z (steps+1,panels,2,count) of each class between the densities of the ends."""
-    from PIL import Image, ImageDraw, ImageFont
-    width, height, grey, ink, font = 900, 600, (200, 204, 210), (40, 42, 48), ImageFont.load_default(26)
-    image = Image.new("RGB", (width * min(3, len(titles)), height * -(-len(titles) // 3)), "white")
-    draw, edges = ImageDraw.Draw(image, "RGBA"), np.linspace(-reach, reach, 122)
-    for panel, title in enumerate(titles):
-        def place(across, value):
-            """Pixel of a place from 0, noise, to 1, data, and of a value of z."""
-            return width * (panel % 3 + 0.24 + 0.56 * across), height * (panel // 3 + 0.51 - 0.4 * value / reach)
-        for value in range(1 - reach, reach):
-            draw.line([place(0, value), place(1, value)], grey, 1)
-            draw.text(place(-0.34, value), str(value), ink, font, "rm")
-        for of_class, colour in enumerate([(36, 99, 176), (214, 96, 28)]):
-            for line in z[::5, panel, of_class, z.shape[-1] // 80::z.shape[-1] // 40].T:
-                draw.line([place(i / (len(line) - 1), value) for i, value in enumerate(line)], (*colour, 130), 2)
-            for side in (0, 1):  # the densities stand on their axes and point outwards
-                counts = np.convolve(np.histogram(z[-side, panel, of_class], edges)[0], np.hanning(11), "same")
-                heights = 0.3 * (2 * side - 1) * counts / counts.max()
-                outline = [place(side + h, v) for h, v in zip(heights, np.linspace(-reach, reach, len(heights)))]
-                draw.polygon([place(side, -reach), *outline, place(side, reach)], (*colour, 130))
-        for across, value, text, anchor in ((0, -reach, "noise, t = 1", "ma"), (1, -reach, "data, t = 0", "ma"),
-                                            (0.5, reach, title, "md")):
-            draw.text(place(across, value), text, ink, font, anchor)
-    image.resize((image.width // 2, image.height // 2), Image.LANCZOS).save(path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Around a long run: the tools it calls, the signal that ends it, the log it writes.
+# Around a run: the tools it calls, the signal that ends it, the log it writes, a picture of paths.
 # ---------------------------------------------------------------------------------------------------------------------
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by the vendor
 
@@ -1549,3 +1469,30 @@ class Log:
             fail(f"no usable gradient (zero or not finite) in the last {bad:.0f} steps, at step {step}; {self.cfg.out} "
                  f"keeps the checkpoint from before: try a lower --learning-rate, or --precision fp32")
         self.sums, self.steps, self.clock = 0, 0, time.perf_counter()
+
+
+def draw_paths(path, titles, z, reach=5):
+    """A panel per title: 40 of the paths z (steps+1,panels,2,count) of each class between the densities of the ends."""
+    from PIL import Image, ImageDraw, ImageFont
+    width, height, grey, ink, font = 900, 600, (200, 204, 210), (40, 42, 48), ImageFont.load_default(26)
+    image = Image.new("RGB", (width * min(3, len(titles)), height * -(-len(titles) // 3)), "white")
+    draw, edges = ImageDraw.Draw(image, "RGBA"), np.linspace(-reach, reach, 122)
+    for panel, title in enumerate(titles):
+        def place(across, value):
+            """Pixel of a place from 0, noise, to 1, data, and of a value of z."""
+            return width * (panel % 3 + 0.24 + 0.56 * across), height * (panel // 3 + 0.51 - 0.4 * value / reach)
+        for value in range(1 - reach, reach):
+            draw.line([place(0, value), place(1, value)], grey, 1)
+            draw.text(place(-0.34, value), str(value), ink, font, "rm")
+        for of_class, colour in enumerate([(36, 99, 176), (214, 96, 28)]):
+            for line in z[::5, panel, of_class, z.shape[-1] // 80::z.shape[-1] // 40].T:
+                draw.line([place(i / (len(line) - 1), value) for i, value in enumerate(line)], (*colour, 130), 2)
+            for side in (0, 1):  # the densities stand on their axes and point outwards
+                counts = np.convolve(np.histogram(z[-side, panel, of_class], edges)[0], np.hanning(11), "same")
+                heights = 0.3 * (2 * side - 1) * counts / counts.max()
+                outline = [place(side + h, v) for h, v in zip(heights, np.linspace(-reach, reach, len(heights)))]
+                draw.polygon([place(side, -reach), *outline, place(side, reach)], (*colour, 130))
+        for across, value, text, anchor in ((0, -reach, "noise, t = 1", "ma"), (1, -reach, "data, t = 0", "ma"),
+                                            (0.5, reach, title, "md")):
+            draw.text(place(across, value), text, ink, font, anchor)
+    image.resize((image.width // 2, image.height // 2), Image.LANCZOS).save(path)

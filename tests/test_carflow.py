@@ -12,8 +12,8 @@ import torch.nn as nn
 import carflow
 import common
 import repa
-from carflow import SHIFTS, VARIANTS, CARFlow, ShiftNet, carflow_loss
-from common import SIT_SIZES, Flows1D, SiT, interpolate, path_coefficients, sample
+from carflow import SHIFTS, VARIANTS, CARFlow, Flows1D, ShiftNet, carflow_loss
+from common import SIT_SIZES, SiT, interpolate, path_coefficients, sample
 from golden_utils import Fixture, official_keys, state_shapes
 from test_training import as_a_fresh_process, command, make_data  # noqa: F401
 

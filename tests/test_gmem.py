@@ -383,6 +383,7 @@ def test_samples_name_their_bank_and_their_images(data, trained, home, capsys):
     labels, banks = np.load(data / "labels.npy"), {}
     for name in ("bank-prepared", "bank-prepared-rank4", "val/bank-prepared"):
         banks[name] = MemoryBank(torch.load(data / f"{name}.pt", weights_only=True))
+    assert banks["bank-prepared-rank4"].parts["C"].shape == (100, 4)
     assert plain.labels.tolist() == [2, 0] * 3
     for file in (plain, held, low, mixed):
         assert file.rows.shape == (6, 2) and np.array_equal(labels[file.rows[:, 0]], file.labels)
