@@ -9,15 +9,15 @@
 
 Measured is the velocity error of the EMA model on held-out images (DATA/val; the same noise and times for all), CKNNA
 with the teacher, and the judge's view of samples, at equal full steps. "Equal compute" gives the other arms the time
-that erw spent on phase I too: they train on, and their error is read between two checkpoints. A step's time is the
-fastest ten steps of all seeds: what else runs on the machine only slows them. Flags it does not know go to
-erw.py. Writes runs/check-erw-NAME, prints tables, and skips what is there already.
+that erw spent on phase I too: they train on, and their error is read between two checkpoints. What a step costs is
+timed apart, in turns, for the speed of a shared machine drifts. Flags it does not know go to erw.py. Writes
+runs/check-erw-NAME, prints tables, and skips what is there already.
 """
 import argparse
 import json
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import torch
 
@@ -46,13 +46,10 @@ def held_out_error(model, data, device, count=2000):
 
 
 def run_arm(flags, out, full_steps, every, samples):
-    """Train one arm: held-out errors by full steps, seconds a step, CKNNA, and the judge's view of samples."""
+    """Train one arm: held-out errors by full steps, CKNNA, and the judge's view of samples."""
     cfg = erw.parse([*flags, "--out", str(out), "--keep-every", str(every), "--preview-every", "0"])
     run = erw.setup(cfg)
     erw.train(cfg, run)
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    seconds = {phase: [cfg.batch_size / line["images_per_s"] for line in log
-                       if (line["step"] <= cfg.warmup_steps) == (phase == "warmup")] for phase in ("warmup", "full")}
     held_out, errors = PreparedData(f"{cfg.data}/val", cfg.resolution), {}
     model = erw.build(cfg, held_out, run)[1]
     for step in range(every, cfg.max_train_steps - cfg.warmup_steps + 1, every):
@@ -65,9 +62,26 @@ def run_arm(flags, out, full_steps, every, samples):
     erw.main(["--sample", str(samples), "--ckpt", str(out / f"ema-{cfg.warmup_steps + full_steps}.pt"),
               "--micro-batch", "32"])
     [figures] = evaluate.main([str(out / "samples.npz"), cfg.data])
-    return dict(errors=errors, seconds=seconds, cknna=cknna, accuracy=figures["judge_accuracy"],
+    return dict(errors=errors, cknna=cknna, accuracy=figures["judge_accuracy"],
                 distance=figures["judge_fd"], real_accuracy=figures["real_accuracy"],
                 real_distance=figures["real_fd"])
+
+
+def step_costs(folder, flags, rounds=12):
+    """Time of a step of each kind, in full steps: the median of paired rounds of 20 steps, the first ten left out."""
+    kinds = {"warmup": ["--warmup-steps", "20"], "plain": ARMS["plain"], "full": ARMS["decay"]}
+    ratios = {kind: [] for kind in kinds}
+    for i in range(rounds):
+        rates = {}
+        for kind, kind_flags in kinds.items():
+            out = folder / f"time-{kind}-{i}"
+            cfg = erw.parse(["--log-every", "10", "--preview-every", "0", "--max-train-steps", "20", *kind_flags,
+                             *flags, "--out", str(out)])
+            erw.train(cfg, erw.setup(cfg))
+            rates[kind] = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["images_per_s"]
+        for kind in kinds:
+            ratios[kind].append(rates["full"] / rates[kind])
+    return {kind: median(values) for kind, values in ratios.items()}
 
 
 def error_at(result, step):
@@ -102,26 +116,27 @@ def main():
                 path.write_text(json.dumps(result, indent=1))
             results[arm, seed] = json.loads(path.read_text())
 
-    def seconds(arm, phase):
-        return min(time for seed in args.seeds for time in results[arm, seed]["seconds"][phase])
-    spent = args.warmup * seconds("erw", "warmup") + args.full_steps * seconds("erw", "full")
-    print("| arm | ms a step | error at equal full steps | steps at equal compute | error at equal compute "
-          "| judge accuracy | Frechet distance |\n|---|---|---|---|---|---|---|")
+    path = folder / "costs.json"
+    if not path.exists():
+        path.write_text(json.dumps(step_costs(folder, flags), indent=1))
+    costs = json.loads(path.read_text())
+    equivalents = args.full_steps + costs["warmup"] * args.warmup
+    print("| arm | error at equal full steps | steps at equal compute | error at equal compute | judge accuracy "
+          "| Frechet distance |\n|---|---|---|---|---|---|")
     errors = {}
     for arm in ARMS:
-        equal = args.full_steps if arm == "erw" else spent / seconds(arm, "full")
+        equal = dict(plain=equivalents / costs["plain"], erw=args.full_steps).get(arm, equivalents)
         for name, step in (("steps", args.full_steps), ("compute", equal)):
             errors[arm, name] = [error_at(results[arm, seed], step) for seed in args.seeds]
-        cells = [f"{1000 * seconds(arm, 'full'):.0f}", " ".join(f"{e:.4f}" for e in errors[arm, "steps"]),
-                 f"{equal:.0f}", " ".join(f"{e:.4f}" for e in errors[arm, "compute"]),
+        cells = [" ".join(f"{e:.4f}" for e in errors[arm, "steps"]), f"{equal:.0f}",
+                 " ".join(f"{e:.4f}" for e in errors[arm, "compute"]),
                  " ".join(f"{results[arm, seed]['accuracy']:.3f}" for seed in args.seeds),
                  " ".join(f"{results[arm, seed]['distance']:.2f}" for seed in args.seeds)]
         print(f"| {arm} | {' | '.join(cells)} |")
-    ratio = seconds("erw", "warmup") / seconds("erw", "full")
-    real, equivalents = results["erw", args.seeds[0]], args.full_steps + ratio * args.warmup
+    real = results["erw", args.seeds[0]]
     print(f"real images: accuracy {real['real_accuracy']:.3f}, distance {real['real_distance']:.2f}\n{args.full_steps} "
-          f"full steps; in erw {args.warmup} of phase I before them, each at {ratio:.2f} of a full one: "
-          f"{equivalents:.0f} full-step equivalents")
+          f"full steps; in erw {args.warmup} of phase I before them, each at {costs['warmup']:.2f} of a full one: "
+          f"{equivalents:.0f} full-step equivalents; a step of plain costs {costs['plain']:.2f}")
     for arm in ARMS:
         for step, scores in results[arm, args.seeds[0]]["cknna"].items():
             print(f"CKNNA by block, {arm}, full step {step}: {' '.join(f'{score:.3f}' for score in scores)}")
