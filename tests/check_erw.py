@@ -144,7 +144,7 @@ def main():
         for other in ("plain", "repa", "decay"):
             gains = [theirs - ours for theirs, ours in zip(errors[other, name], errors["erw", name])]
             bound = 2 * stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
-            verdict = "yes" if mean(gains) > bound else "not established"
+            verdict = "yes" if mean(gains) > bound else "no, worse" if mean(gains) < -bound else "not established"
             print(f"erw better than {other} at equal {name}: {verdict} "
                   f"(error lower by {mean(gains):.4f}, 2 s.e. {bound:.4f})")
 

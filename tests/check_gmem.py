@@ -139,7 +139,7 @@ def main():
     print(f"\nheld-out velocity error, seeds {args.seeds}\n| arm | given | " + " | ".join(f"t = {t}" for t in TIMES)
           + " |\n|---|---|" + "---|" * len(TIMES))
     for arm in args.arms:
-        for name in results[arm, args.seeds[0]]["errors"]:
+        for name in ["none"] if arm == "none" else results[arm, args.seeds[0]]["errors"]:
             errors = zip(*(results[arm, seed]["errors"][name] for seed in args.seeds))
             print(f"| {arm} | {name} | " + " | ".join(cells(values, ".4f") for values in errors) + " |")
     columns = dict(judge_accuracy=".3f", judge_fd=".2f", agreement=".3f", chance=".3f", nearest=".1f", own=".1f",
