@@ -11,7 +11,6 @@ compare_alignment.py, whose flags it takes; here the EMA model's validation velo
 the least loss is the same in all arms. Passed if joint is below none in two thirds of the pairs at the end, and its
 mu0 - mu1 points where the class means do (cosine above 0.8). `shifts.png` shows both, a column per class.
 """
-import json
 import sys
 from pathlib import Path
 

@@ -1,6 +1,5 @@
 """SD3's text side in common.py: the CLIP towers and the tokeniser against transformers', SD3's file and its errors."""
 import os
-from pathlib import Path
 
 import pytest
 import torch
