@@ -406,7 +406,7 @@ def open_bank(cfg, run, memory_dim, identity, teacher=None):
     for name, found in (bank.parts | dict(width=bank.get([0]).shape[1])).items():
         if name in wanted and None not in (wanted[name], found) and found != wanted[name]:
             fail(f"the bank {path} has the {name} {found!r}, and {wanted[name]!r} is needed: delete it, and it is made "
-                 f"anew, or choose another --bank-path")
+                 f"anew by the model's teacher (an older one: --teacher-ckpt FILE), or choose another --bank-path")
     return bank
 
 
