@@ -383,8 +383,9 @@ def train(cfg, run):
                     y = batch["labels"].masked_fill(drop[rows], data.meta["num_classes"])
                     loss = carflow_loss(net, x, t[rows], noise[rows], y, cfg.path_type).mean()
                 (loss / run.accumulation).backward()
-            sizes = [mu.square().mean().sqrt() for mu in model.shifts(y)]
-            terms += torch.stack([loss, *sizes]).detach() / run.accumulation
+            with torch.no_grad():  # how large the shifts are, for the log
+                sizes = [mu.square().mean().sqrt() for mu in model.shifts(y)]
+            terms += torch.stack([loss.detach(), *sizes]) / run.accumulation
         grad_norm, finite = optimizer_step(optimizer, parameters, cfg.max_grad_norm)
         update_ema(ema, model, cfg.ema_decay)
         log.add(finite, loss=terms[0], shift0=terms[1], shift1=terms[2], grad_norm=grad_norm)
