@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed.nn  # before any process group: else its defaults keep one alive, and a rank may abort at exit
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import distributed as dist

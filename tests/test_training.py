@@ -603,6 +603,13 @@ def test_ranks_talk_only_at_log_points_and_every_ten_steps(two_ranks):
         assert two_ranks.notes("reductions", rank)["reductions"] == [7, 10, 14, 20, 20]
 
 
+def test_no_thread_of_the_ranks_outlives_their_group(two_ranks):
+    """One that still drops a tensor while Python shuts down aborts the rank, and torchrun calls a good run failed."""
+    for rank in (0, 1):
+        threads = json.loads((two_ranks.folder / f"threads-{rank}.json").read_text())
+        assert [name for name in threads if "gloo" in name] == []
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from torch import distributed as dist  # noqa: E402
+import common  # noqa: E402, F401: before the group is made, as in every script
 
 KEPT_STEPS = 3  # gradients are kept of this many steps
 
@@ -75,3 +76,5 @@ if __name__ == "__main__":
         for name, job in json.loads((folder / "jobs.json").read_text()).items():
             torch.save(record(**job), folder / f"{name}-{os.environ['RANK']}.pt")
     dist.destroy_process_group()
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]  # none but on Linux
+    (folder / f"threads-{os.environ['RANK']}.json").write_text(json.dumps(threads))
