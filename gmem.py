@@ -305,7 +305,8 @@ def parallelise(model, cfg, run):
     compile_blocks(model, cfg)
     if run.world == 1:
         return model
-    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # Buffers are constants or kept per rank: without the last flag, DDP would send them around at every forward pass.
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def optimizer_step(optimizer, parameters, max_grad_norm):

@@ -12,7 +12,7 @@ import torch
 from test_copies import SCRIPTS
 from test_training import (ROOT, TORCHRUN, as_a_fresh_process, assert_same_images, assert_same_run,  # noqa: F401
                            command, finish, make_data, relative_error, start)
-from two_ranks import record
+from two_ranks import SETTLED, record
 
 STEPS = 12
 # Flags with which every part of a method acts within 12 steps (a phase that ends, say, ends at 6: where runs are cut).
@@ -70,6 +70,8 @@ def two_ranks(data, home, begun, unbroken):
     folder.mkdir()
     jobs = {f"{name}-gradients": dict(script=name, args=flags(
         name, data, folder / f"{name}-gradients", 8, "--init", begun[name], "--seed", 1)) for name in NAMES}
+    jobs |= {f"{name}-count": dict(script=name, count=True, args=flags(
+        name, data, folder / f"{name}-count", 6, "--micro-batch", 2, "--log-every", 2)) for name in NAMES}
     jobs |= {f"{name}-sample": dict(script=name, args=sampling(unbroken[name], folder / f"{name}-sample"))
              for name in NAMES}
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -103,6 +105,16 @@ def test_the_same_gradients(name, way, data, home, begun, request):
     assert whole["exit"] is None and parts["exit"] is None and whole["steps"] == parts["steps"] == 8
     for a, b in zip(whole["gradients"], parts["gradients"], strict=True):
         assert b.norm() > 0 and relative_error(a, b) < 1e-4
+
+
+@of_scripts
+def test_ranks_exchange_one_gradient_a_step_and_nothing_else(name, two_ranks):
+    """But for the sums of every log point (here 2, 4, 6) and, every tenth step, the stop signal."""
+    notes = torch.load(two_ranks / f"{name}-count-0.pt", weights_only=False)
+    for step, gradient in enumerate(notes["gradients"]):
+        assert sum(count for made, count in notes["buckets"] if made == step) == gradient.numel()
+    assert notes["reductions"] == [2, 4, 6]
+    assert notes["collectives"] == {"c10d::allreduce_": sum(made >= SETTLED for made, _ in notes["buckets"]) + 2}
 
 
 @of_scripts
