@@ -70,7 +70,8 @@ def first_rank_first():
 # SiT: a transformer on image patches, conditioned on time and label by adaptive layer norm (arXiv 2401.08740).
 # Parameter names follow the official SiT and REPA checkpoints, which load with strict=True.
 # ---------------------------------------------------------------------------------------------------------------------
-SIT_SIZES = {"toy": dict(hidden_size=96, depth=4, num_heads=4, patch_size=4)} | {
+SIT_SIZES = {name: dict(hidden_size=96, depth=4, num_heads=4, patch_size=patch) for name, patch in [
+    ("toy", 4), ("toy/2", 2)]} | {  # toy/2: for the toy's latents, see reals.py
     f"SiT-{name}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
     for name, width, depth, heads in [("S", 384, 12, 6), ("B", 768, 12, 12), ("L", 1024, 24, 16), ("XL", 1152, 28, 16)]
     for patch in (2, 4, 8)}
@@ -640,6 +641,14 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](h)))
 
 
+class FP32Conv2d(nn.Conv2d):
+    """A convolution that leaves autocast: bf16 would round a latent by more than its own noise."""
+
+    def forward(self, h):
+        with torch.autocast(h.device.type, enabled=False):
+            return super().forward(h.float())
+
+
 def halve(width):
     """(B,D,H,W) -> (B,D,H/2,W/2); the padding is right and bottom only, as the filters were trained."""
     return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2)))
@@ -669,7 +678,7 @@ class Encoder(nn.Sequential):
             down_blocks=resnet_stages(widths, layers, groups, "downsamplers", halve),  # -> (B,widths[-1],h,w)
             mid_block=MidBlock(widths[-1], groups),
             conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6), act=nn.SiLU(),
-            conv_out=nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)))
+            conv_out=FP32Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)))
 
 
 class Decoder(nn.Sequential):
@@ -685,14 +694,18 @@ class Decoder(nn.Sequential):
 
 
 class AutoencoderKL(nn.Module):
-    """Pixels to the mean and std of a latent and back; the defaults are the SD-VAE (83.65 M parameters)."""
+    """Pixels to the mean and std of a latent and back; the defaults are the SD-VAE (83.65 M parameters).
+
+    `factor` pixels a side become one place of the latent.
+    """
 
     def __init__(self, in_channels=3, latent_channels=4, widths=(128, 256, 512, 512), layers=2, groups=32):
         super().__init__()
+        self.latent_channels, self.factor = latent_channels, 2 ** (len(widths) - 1)
         self.encoder = Encoder(in_channels, latent_channels, widths, layers, groups)
         self.decoder = Decoder(in_channels, latent_channels, widths, layers, groups)
-        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.quant_conv = FP32Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = FP32Conv2d(latent_channels, latent_channels, 1)
 
     def encode(self, x):
         """x (B,3,H,W) in [-1, 1] -> mean, std (B,4,h,w) each; training uses (mean + std n) * LATENT_SCALE."""
@@ -704,11 +717,19 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
 
-def load_vae_weights(vae, path):
-    """Fill `vae` strictly from a file in either attention naming; by assignment, so `vae` is on the CPU afterwards."""
-    weights = load_checkpoint(path)
+def rename_vae_weights(weights):
+    """An autoencoder's weights in diffusers' present names, from those, the older ones, or Latent Diffusion's."""
+    weights = {str(name).removeprefix("first_stage_model."): tensor for name, tensor in weights.items()}
+    if any(name.startswith("decoder.up.") for name in weights):
+        weights = convert_ldm_vae({name: tensor for name, tensor in weights.items() if not name.startswith("loss.")})
     for old, new in OLD_ATTENTION_NAMES.items():
-        weights = {str(name).replace(old, new): tensor for name, tensor in weights.items()}
+        weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
+    return weights
+
+
+def load_vae_weights(vae, path):
+    """Fill `vae` strictly from a file in any of the namings; by assignment, so `vae` is on the CPU afterwards."""
+    weights = rename_vae_weights(load_checkpoint(path))
     want = {name: tensor.shape for name, tensor in vae.state_dict().items()}
     have = {name: getattr(tensor, "shape", None) for name, tensor in weights.items()}
     wrong = sorted(name for name in want | have if want.get(name) != have.get(name))
@@ -717,8 +738,42 @@ def load_vae_weights(vae, path):
     vae.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=True, assign=True)
 
 
+def read_latent_stats(path):
+    """The entries of meta.json for latents of the autoencoder in the file `path`, which reals.py wrote.
+
+    Its latents have mean 0 and std 1 in each channel after scale and shift, which are lists, a number a channel.
+    """
+    saved = load_checkpoint(path)
+    if "latent_std" not in saved:
+        fail(f"{path} holds no latent statistics: it is no autoencoder of reals.py (weights of the SD-VAE are given by "
+             f"--vae ft-mse --vae-ckpt FILE)")
+    sizes, scale = saved["sizes"], [1 / std for std in saved["latent_std"]]
+    return dict(vae=str(path), vae_id=saved["id"], channels=len(scale), latent_scale=scale,
+                latent_shift=[-mean * s for mean, s in zip(saved["latent_mean"], scale)],
+                downsample=2 ** (len(sizes["widths"]) - 1))
+
+
+def load_trained_vae(path, wanted_id=None):
+    """The autoencoder in a file of reals.py, frozen, fp32, on the CPU; of this identity, if one is wanted."""
+    if not Path(path).is_file():
+        fail(f"the autoencoder {path} is not there: give its file by --vae-ckpt FILE")
+    found = read_latent_stats(path)["vae_id"]
+    if wanted_id not in (None, found):
+        fail(f"{path} is another autoencoder ({found}) than the one that made the latents ({wanted_id}): give that "
+             f"one's file by --vae-ckpt FILE, or prepare the data again")
+    saved = load_checkpoint(path)
+    vae = AutoencoderKL(**saved["sizes"])
+    vae.load_state_dict(saved["vae"])
+    return vae.eval().requires_grad_(False)
+
+
 def load_vae(name="ft-ema", path=""):
-    """The SD-VAE, frozen, fp32, on the CPU: from the file `path`, else ft-mse or ft-ema from the hub."""
+    """The SD-VAE, frozen, fp32, on the CPU: from the file `path`, else ft-mse or ft-ema from the hub.
+
+    `name` can also be a file of reals.py, which says itself what autoencoder it holds.
+    """
+    if name not in VAE_REPOS and Path(name).is_file():
+        return load_trained_vae(name)
     if not path:
         from huggingface_hub import hf_hub_download
         if name not in VAE_REPOS:
@@ -739,8 +794,24 @@ def load_decoder(meta, name, path, device):
     """The function x (B,C,H,W) -> images (B,H,W,3) uint8 for data as `meta` says: by the VAE where x is a latent."""
     if meta["vae"] is None:
         return pixels_to_uint8
-    vae = (load_sd3_vae(path) if meta["vae"] == "sd3" else load_vae(name, path)).to(device)
-    return lambda x: pixels_to_uint8(vae.decode((x - meta["latent_shift"]) / meta["latent_scale"]))
+    if "vae_id" in meta:  # an autoencoder of reals.py
+        vae = load_trained_vae(path or meta["vae"], meta["vae_id"]).to(device)
+    else:
+        vae = (load_sd3_vae(path) if meta["vae"] == "sd3" else load_vae(name, path)).to(device)
+    scale, shift = latent_affine(meta, device)
+    return lambda x: pixels_to_uint8(vae.decode((x - shift) / scale))
+
+
+def latent_affine(meta, device):
+    """Scale and shift that make a latent z (B,C,h,w) the model's x = z * scale + shift: numbers, or tensors (C,1,1)."""
+    return [channel_tensor(tuple(value), device) if isinstance(value, list) else value
+            for value in (meta["latent_scale"], meta["latent_shift"])]
+
+
+@functools.lru_cache
+def channel_tensor(values, device):
+    """A number for each channel as (C,1,1); kept, for a copy to a GPU at every step would make it wait."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def pixels_to_uint8(x):
@@ -1220,6 +1291,73 @@ def load_teacher(enc_type, resolution, path="", pretrained=True):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# LPIPS: how far apart two images look, by the features of a frozen VGG16 (arXiv 1801.03924, version 0.1).
+# Names of its parameters are those of the copy that taming-transformers and others train autoencoders with.
+# ---------------------------------------------------------------------------------------------------------------------
+# Convolutions of torchvision's vgg16().features, stage by stage; what leaves the last ReLU of each is compared.
+VGG_STAGES = (0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)
+VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's IMAGENET1K_V1
+LPIPS_URL = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth"
+
+
+class LPIPS(nn.Module):
+    """The distance (B,1,1,1) of two images (B,3,H,W) in [-1,1]; frozen. (The dropout, of its own training, is gone.)"""
+
+    def __init__(self, channels=(64, 128, 256, 512, 512)):
+        super().__init__()
+        self.net, before = nn.ModuleDict(), 3
+        for stage, (numbers, width) in enumerate(zip(VGG_STAGES, channels), start=1):
+            layers = OrderedDict(pool=nn.MaxPool2d(2)) if stage > 1 else OrderedDict()
+            for i in numbers:
+                layers |= {str(i): nn.Conv2d(before, width, 3, padding=1), f"relu{i}": nn.ReLU()}
+                before = width
+            self.net[f"slice{stage}"] = nn.Sequential(layers)
+            conv = nn.Conv2d(width, 1, 1, bias=False)
+            self.add_module(f"lin{stage - 1}", nn.ModuleDict({"model": nn.Sequential(nn.Identity(), conv)}))
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
+        self.eval().requires_grad_(False)
+
+    def features(self, x):
+        """x (B,3,H,W) to the five stages' features of x, each (B,C,H,W)."""
+        h, found = (x - self.shift) / self.scale, []
+        for stage in self.net.values():
+            h = stage(h)
+            found.append(h.float())
+        return found
+
+    def forward(self, x, x_hat):
+        total = 0
+        for k, (a, b) in enumerate(zip(self.features(x), self.features(x_hat))):
+            a, b = (f / (f.square().sum(dim=1, keepdim=True).sqrt() + 1e-10) for f in (a, b))  # unit vectors, a place
+            weights = getattr(self, f"lin{k}")["model"][1].weight  # (1,C,1,1), none negative
+            total = total + ((a - b).square() * weights).sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True)
+        return total
+
+
+def load_lpips(vgg_path="", lpips_path="", pretrained=True):
+    """LPIPS with its public weights, torchvision's VGG16 and the linear layers, from files or the internet."""
+    lpips, found = LPIPS(), {}
+    if not pretrained:
+        return lpips
+    for flag, path, url in (("--vgg-ckpt", vgg_path, VGG_URL), ("--lpips-ckpt", lpips_path, LPIPS_URL)):
+        try:
+            with first_rank_first():  # both are in PyTorch's older format, which cannot be memory-mapped
+                found |= (torch.load(path, "cpu", weights_only=True) if path else
+                          torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True))
+        except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, pickle.UnpicklingError) as error:
+            fail(f"cannot read {path or url} ({first_line(error)}): give it by {flag} FILE, or train without LPIPS: "
+                 f"--perceptual-coeff 0")
+    names = {key: f"features.{key.split('.', 2)[2]}" if key.startswith("net.") else key for key in lpips.state_dict()}
+    try:
+        lpips.load_state_dict({ours: found[theirs] for ours, theirs in names.items()})
+    except (KeyError, RuntimeError) as error:
+        fail(f"--vgg-ckpt and --lpips-ckpt do not hold the weights of {VGG_URL} and {LPIPS_URL} "
+             f"({' '.join(str(error).split())[:100]}); without LPIPS: --perceptual-coeff 0")
+    return lpips
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The reader of data/NAME, the folder that prepare.py writes: memory-mapped arrays, one read per image and no decoding.
 # ---------------------------------------------------------------------------------------------------------------------
 class PreparedData(torch.utils.data.Dataset):
@@ -1246,7 +1384,7 @@ class PreparedData(torch.utils.data.Dataset):
                  f"add --resolution {self.meta['resolution']}")
         self.is_latent = self.meta["vae"] is not None
         self.names = ["labels"] + ["moments"] * self.is_latent + ["images"] * (need_images or not self.is_latent)
-        size = resolution // 8 if self.is_latent else resolution
+        size = resolution // self.meta.get("downsample", 8) if self.is_latent else resolution
         self.shape = (self.meta["channels"], size, size)  # of x: (C,H,W)
         shapes = dict(labels=(), images=(resolution, resolution, 3), moments=(2 * self.shape[0], size, size))
         for name in self.names:
@@ -1381,7 +1519,8 @@ def clean_input(batch, meta, noise):
     if "moments" not in batch:
         return batch["images"].permute(0, 3, 1, 2).float() / 127.5 - 1
     mean, std = batch["moments"].float().chunk(2, dim=1)
-    return (mean + std * noise) * meta["latent_scale"] + meta["latent_shift"]
+    scale, shift = latent_affine(meta, noise.device)
+    return (mean + std * noise) * scale + shift
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,13 +8,15 @@ vision teacher to align with, and a judge that says what samples show.
     python prepare.py --from-repa DIR --out data/imagenet256                        REPA's folders images/ and vae-sd/
     python prepare.py --images DIR --out data/NAME --resolution 32 --vae none       pixel space: no autoencoder
     python prepare.py --images DIR2 --out data/NAME/val --resolution 32 --vae none  optional: held-out images
+    python prepare.py --images DIR --out data/NAME --vae runs/reals-f8d4/vae.pt     by an autoencoder of reals.py
+    python prepare.py --from data/toy --out data/NAME --vae runs/reals-toy/vae.pt   the same, of a prepared set
     python prepare.py teacher --data data/NAME                                      teacher and judge of any set
     python prepare.py toy --out data/toy                                            the toy set with teacher and judge
     python prepare.py pairs --out data/pairs                                        softrepa.py's toy: set and model
     python prepare.py text --images DIR --captions FILE --out data/NAME             SD3's latents and text features
 
 Written, under data/NAME.partial until complete (the same command continues a killed one): images.npy (N,H,W,3) uint8,
-moments.npy (N,8,H/8,W/8) float16, the SD-VAE's mean and std, labels.npy (N,) int64, meta.json and, for the toy,
+moments.npy (N,8,H/8,W/8) float16, the autoencoder's mean and std, labels.npy (N,) int64, meta.json and, for the toy,
 captions.json; teacher.pt, a timm VisionTransformer, and judge.pt, a CNN for evaluate.py; val/ with held-out images,
 labels and meta, the reference of evaluate.py. The last two forms write context.npy and pooled.npy, features of texts.
 """
@@ -41,7 +43,7 @@ from tqdm import tqdm
 
 from common import (CLIP_LENGTH, LATENT_SCALE, SD3_VAE_META, VAE_REPOS, CaptionedData, MMDiT, PreparedData, fail,
                     first_line, first_rank_first, init_linear, interpolate, load_sd3_text, load_sd3_vae, load_vae,
-                    make_folder, save_checkpoint, say)
+                    make_folder, read_latent_stats, save_checkpoint, say)
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 # What all bars share: one for all ranks, and in a log file a line a minute, for the time left.
@@ -66,8 +68,11 @@ def write_labels_and_meta(folder, labels, source, resolution, class_names, capti
         (folder / "captions.json").write_text(json.dumps(captions) + "\n")
     meta = dict(format=1, source=source, count=len(labels), resolution=resolution, num_classes=len(class_names),
                 class_names=class_names, vae=None, channels=3, latent_scale=1.0, latent_shift=0.0)
-    if vae != "none":
+    if vae in VAE_REPOS:
         meta |= dict(vae=f"sd-vae-{vae}", channels=4, latent_scale=LATENT_SCALE)
+    elif vae != "none":
+        meta |= read_latent_stats(vae)
+        meta["source"] += f", encoded by {meta['vae_id']}"  # what a run compares before it continues
     meta |= more
     (folder / "meta.json").write_text(json.dumps(meta) + "\n")
 
@@ -149,11 +154,21 @@ def encode_images(vae, images, moments, done, batch=8):
     vae.to(device)
     todo = [slice(i, i + batch) for i in range(RANK * batch, len(images), WORLD * batch) if not done[i:i + batch].all()]
     for rows in tqdm(todo, "moments", unit="img", unit_scale=batch, **BAR):
-        x = torch.from_numpy(images[rows]).to(device).permute(0, 3, 1, 2) / 127.5 - 1  # (B,3,R,R) in [-1,1]
+        x = torch.tensor(images[rows], device=device).permute(0, 3, 1, 2) / 127.5 - 1  # (B,3,R,R) in [-1,1]
         encoded = torch.cat(vae.encode(x), dim=1).half()
         if not encoded.isfinite().all():
             raise SystemExit("error: the VAE gives a mean or std that is not finite in float16: is its file right?")
         moments[rows], done[rows] = encoded.cpu().numpy(), True
+
+
+def open_vae(args, resolution, plan):
+    """The autoencoder that encodes, and the shape of an image's moments; `plan`, a hash, takes in its weights."""
+    vae = load_vae(args.vae, args.vae_ckpt)
+    if resolution % vae.factor:
+        fail(f"the resolution {resolution} is no multiple of {vae.factor}, the pixels per latent of --vae {args.vae}")
+    for weight in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
+        plan.update(weight.numpy())
+    return vae, (2 * vae.latent_channels, resolution // vae.factor, resolution // vae.factor)
 
 
 def prepare_images(args):
@@ -165,12 +180,11 @@ def prepare_images(args):
         if meta["class_names"] not in (class_names, numbers) or resolution != meta["resolution"]:
             fail(f"{root} and {out.parent} must have the same classes, and the same --resolution {meta['resolution']}")
     plan, vae = hashlib.sha256(repr((resolution, args.vae == "none", files)).encode()), None
-    if args.images and args.vae != "none":
-        vae = load_vae(args.vae, args.vae_ckpt)  # before all else, so that a wrong file shows now
-        for weight in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
-            plan.update(weight.numpy())
     shapes = dict(images=(np.uint8, (len(files), resolution, resolution, 3)))
-    if args.vae != "none":
+    if args.images and args.vae != "none":
+        vae, moments_shape = open_vae(args, resolution, plan)  # before all else, so that a wrong file shows now
+        shapes["moments"] = np.float16, (len(files), *moments_shape)
+    elif args.vae != "none":
         shapes["moments"] = np.float16, (len(files), 8, resolution // 8, resolution // 8)
     need = sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in shapes.values())
     say(f"{root}: {len(files)} images in {len(class_names)} classes; {out} needs {need / 1e9:.3f} GB of disk")
@@ -234,6 +248,56 @@ def prepare_images(args):
     (out / done_file.name).unlink(missing_ok=True)  # last: nothing is lost by a kill before it
     print(f"{out}: {len(kept)} images, {len(class_names)} classes"
           + f"; {left_out} unreadable ones, named above, are left out" * bool(left_out))
+
+
+def prepare_again(args):
+    """A prepared data set, args.prepared, with the latents of another autoencoder, to args.out; by all ranks.
+
+    Files that stay the same are linked, not copied, where the disk allows it: ImageNet's images.npy has 252 GB.
+    """
+    root, out = args.prepared, args.out
+    meta = read_meta(root)
+    data, plan = PreparedData(root, meta["resolution"]), hashlib.sha256(str(root.resolve()).encode())
+    vae, moments_shape = open_vae(args, meta["resolution"], plan)
+    need = 2 * len(data) * math.prod(moments_shape)
+    say(f"{root}: {len(data)} images; {out} needs {need / 1e9:.3f} GB of disk, and shares the images with it")
+    folder = out.with_name(out.name + ".partial")
+    done_file = folder / f"done-{plan.hexdigest()}.npy"
+    with first_rank_first():
+        if not done_file.is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            make_folder(folder)
+            if need > shutil.disk_usage(folder).free:
+                fail(f"{folder.parent} does not have so many GB free; free some, or give --out on another disk")
+            for name in ("images.npy", "captions.json", "teacher.pt", "judge.pt", "val"):
+                if (root / name).is_dir():
+                    shutil.copytree(root / name, folder / name, copy_function=link_or_copy)
+                elif (root / name).exists():
+                    link_or_copy(root / name, folder / name)
+            np.lib.format.open_memmap(folder / "moments.npy", "w+", np.float16, (len(data), *moments_shape))
+            np.save(done_file, np.zeros(len(data), dtype=bool))
+        moments, done = (np.load(file, "r+") for file in (folder / "moments.npy", done_file))
+        if done.any():
+            say(f"resuming: {done.sum()} of {len(data)} images are encoded already")
+    encode_images(vae, data.array("images"), moments, done)
+    if WORLD > 1:
+        dist.barrier()
+    if RANK > 0:
+        return
+    write_labels_and_meta(folder, data.array("labels"), meta["source"].partition(", encoded by ")[0],
+                          meta["resolution"], meta["class_names"], None, args.vae)
+    PreparedData(folder, meta["resolution"])
+    os.replace(folder, out)
+    (out / done_file.name).unlink(missing_ok=True)
+    print(f"{out}: {len(data)} images, {meta['num_classes']} classes")
+
+
+def link_or_copy(source, target):
+    """A second name of a file that nobody changes; a copy on a disk that has no such names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -550,9 +614,11 @@ def main(argv=None):
                                      allow_abbrev=False)
     parser.add_argument("--images", type=Path, help="folder with one sub-folder per class, or with images only")
     parser.add_argument("--from-repa", type=Path, help="instead: folder that holds images/ and vae-sd/ of REPA")
+    parser.add_argument("--from", type=Path, dest="prepared", help="instead: a prepared set, to encode it anew")
     parser.add_argument("--out", type=Path, help="data/NAME, or data/NAME/val for held-out images")
     parser.add_argument("--resolution", type=int, default=256, help="pixels a side after the crop [256]")
-    parser.add_argument("--vae", default="ft-mse", choices=[*VAE_REPOS, "none"], help="SD-VAE; none: pixels [ft-mse]")
+    parser.add_argument("--vae", default="ft-mse", help="SD-VAE: ft-mse or ft-ema; none: pixels; or a file that "
+                        "reals.py wrote [ft-mse]")
     parser.add_argument("--vae-ckpt", default="", help="its diffusion_pytorch_model.safetensors, without internet")
     parser.add_argument("--workers", type=int, default=max(1, min(8, os.cpu_count() // WORLD)),
                         help="processes that decode, per rank; 0: none besides")
@@ -596,14 +662,22 @@ def main(argv=None):
         return prepare_text(args)
     if args.form == "teacher":
         return train_teacher_and_judge(args.data, args.patch_size, args.steps, args.judge_steps)
-    if not args.out or bool(args.images) == bool(args.from_repa):
-        fail("give --images DIR --out data/NAME, or --from-repa DIR --out data/NAME, or a form: toy, teacher, pairs, "
-             "text")
-    if args.vae != "none" and args.resolution % 8:
+    if not args.out or sum(map(bool, (args.images, args.from_repa, args.prepared))) != 1:
+        fail("give --images DIR --out data/NAME, or --from-repa DIR --out data/NAME, or --from data/OTHER --out "
+             "data/NAME, or a form: toy, teacher, pairs, text")
+    if args.vae not in (*VAE_REPOS, "none") and not Path(args.vae).is_file():
+        parser.error(f"argument --vae: {args.vae} is neither ft-mse, ft-ema, none nor a file of reals.py")
+    if args.vae not in (*VAE_REPOS, "none"):
+        read_latent_stats(args.vae)
+    if args.from_repa and args.vae not in (*VAE_REPOS, "none"):
+        fail(f"--from-repa brings its own latents, of the SD-VAE; with --vae {args.vae}: --images DIR, or --from")
+    if args.prepared and args.vae == "none":
+        fail("--from encodes a prepared set anew: with which autoencoder? --vae runs/reals-NAME/vae.pt")
+    if args.vae in VAE_REPOS and not args.prepared and args.resolution % 8:
         fail(f"--resolution {args.resolution} is no multiple of 8, the pixels per latent: take one, or --vae none")
     if WORLD > 1:  # to wait for each other, however long
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-    prepare_images(args)
+    prepare_again(args) if args.prepared else prepare_images(args)
 
 
 if __name__ == "__main__":

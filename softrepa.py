@@ -228,7 +228,7 @@ def parse(argv):
                 fail(f"--{name.replace('_', '-')} {getattr(cfg, name)} must lie between {least:g} and {most:g}")
     if cfg.bench:
         cfg.max_train_steps, cfg.log_every = cfg.bench, max(1, cfg.bench // 5)
-    if cfg.guidance_low > cfg.guidance_high:
+    if getattr(cfg, "guidance_low", 0) > getattr(cfg, "guidance_high", 1):
         fail(f"--guidance-low {cfg.guidance_low} lies above --guidance-high {cfg.guidance_high}: the interval is empty")
     if cfg.sample and not cfg.ckpt:
         fail("--sample needs --ckpt FILE, the checkpoint to sample from")

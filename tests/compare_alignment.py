@@ -38,7 +38,8 @@ def judged_run(script, flags, out, samples):
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     curve = []
     for step in range(every, cfg.max_train_steps + 1, every):
-        script.main(["--sample", str(samples), "--ckpt", str(out / f"ema-{step}.pt"), "--micro-batch", "32"])
+        script.main(["--model", cfg.model, "--sample", str(samples), "--ckpt", str(out / f"ema-{step}.pt"),
+                     "--micro-batch", "32"])
         [figures] = evaluate.main([str(out / "samples.npz"), cfg.data])
         seconds = sum(cfg.batch_size * cfg.log_every / line["images_per_s"] for line in log if line["step"] <= step)
         curve.append(dict(step=step, seconds=seconds, accuracy=figures["judge_accuracy"], distance=figures["judge_fd"],

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 import prepare
-from common import LATENT_SCALE, AutoencoderKL, PreparedData, clean_input
+from common import (LATENT_SCALE, AutoencoderKL, PreparedData, clean_input, load_decoder, load_vae,
+                    pixels_to_uint8)
 from test_prepare import error_of, read_bytes, write_images
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -435,3 +436,110 @@ def test_photographs(tmp_path, vae):
     assert data.meta["num_classes"] == len(data) == 4 and data.shape == (4, 32, 32)
     assert images.std(axis=(1, 2)).min() > 10  # pictures, not black
     assert_half_of(data.array("moments"), expected(vae, images))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# By an autoencoder of reals.py, from images or from a prepared set
+
+
+@pytest.fixture(scope="module")
+def trained_vae(tmp_path_factory):
+    """A file as reals.py writes: 2 pixels per latent, 3 channels, one scale and shift for each."""
+    torch.manual_seed(1)
+    sizes = dict(widths=(8, 8), groups=4, layers=1, latent_channels=3)
+    path = tmp_path_factory.mktemp("vae") / "vae.pt"
+    torch.save(dict(vae=AutoencoderKL(**sizes).state_dict(), sizes=sizes, id="reals-1", latent_mean=[0.5, -1.0, 0.0],
+                    latent_std=[2.0, 0.5, 1.0]), path)
+    return path
+
+
+@pytest.fixture
+def real_loader(monkeypatch):
+    """load_vae itself again, in the place of the one that gives the tiny SD-VAE."""
+    monkeypatch.setattr(prepare, "load_vae", load_vae)
+
+
+def test_images_by_a_trained_autoencoder(folder, trained_vae, tmp_path, real_loader):
+    run("--images", folder, "--out", tmp_path / "x", "--vae", trained_vae)
+    data = PreparedData(tmp_path / "x", 32)
+    assert data.shape == (3, 16, 16) and data.array("moments").shape == (19, 6, 16, 16)
+    vae = load_vae(str(trained_vae))
+    exact = expected(vae, data.array("images"))
+    assert_half_of(data.array("moments"), exact)
+    meta = {name: data.meta[name] for name in ("source", "vae", "vae_id", "channels", "latent_scale", "latent_shift",
+                                               "downsample")}
+    assert meta == {"source": f"{folder}, encoded by reals-1", "vae": str(trained_vae), "vae_id": "reals-1",
+                    "channels": 3, "latent_scale": [0.5, 2.0, 1.0], "latent_shift": [-0.25, 2.0, 0.0], "downsample": 2}
+    noise = torch.randn(2, 3, 16, 16)
+    x = clean_input(data[np.array([4, 17])], data.meta, noise)
+    z = torch.from_numpy(exact[[4, 17], :3] + exact[[4, 17], 3:] * noise.numpy())
+    for channel, (mean, std) in enumerate(((0.5, 2.0), (-1.0, 0.5), (0.0, 1.0))):
+        assert torch.allclose(x[:, channel], (z[:, channel] - mean) / std, rtol=2e-3, atol=5e-3)
+    decode = load_decoder(data.meta, "ft-ema", "", torch.device("cpu"))
+    with torch.no_grad():
+        difference = decode(x).int() - pixels_to_uint8(vae.decode(z)).int()
+    assert difference.abs().max() <= 1 and difference.ne(0).float().mean() < 0.05
+    assert "is no multiple of 2" in error_of(prepare.main, ["--images", str(folder), "--out", str(tmp_path / "y"),
+                                                            "--vae", str(trained_vae), "--resolution", "31"])
+
+
+def test_a_prepared_set_anew(folder, straight, trained_vae, tmp_path, real_loader):
+    """It has the same moments as the images would; images are linked, and all that belongs to them comes along."""
+    source = tmp_path / "source"
+    shutil.copytree(straight, source)
+    shutil.copytree(straight, source / "val")
+    for name in ("teacher.pt", "judge.pt", "captions.json", "bank-prepared.pt"):
+        (source / name).write_text(name)
+    run("--images", folder, "--out", tmp_path / "x", "--vae", trained_vae)
+    run("--from", source, "--out", tmp_path / "y", "--vae", trained_vae)
+    one, two = read_bytes(tmp_path / "x"), read_bytes(tmp_path / "y")
+    assert all(one[name] == two[name] for name in NAMES)
+    assert set(os.listdir(tmp_path / "y")) == NAMES | {"val", "teacher.pt", "judge.pt", "captions.json"}
+    assert (tmp_path / "y/images.npy").samefile(source / "images.npy")
+    assert read_bytes(tmp_path / "y/val") == read_bytes(source / "val")
+    run("--from", tmp_path / "y", "--out", tmp_path / "z", "--vae", trained_vae)  # of a set that was made so
+    assert (tmp_path / "z/meta.json").read_bytes() == (tmp_path / "y/meta.json").read_bytes()
+
+
+def test_a_disk_without_links(straight, trained_vae, tmp_path, real_loader, monkeypatch):
+    def no_links(*args):
+        raise OSError("no links here")
+    monkeypatch.setattr(os, "link", no_links)
+    run("--from", straight, "--out", tmp_path / "x", "--vae", trained_vae)
+    assert np.array_equal(np.load(tmp_path / "x/images.npy"), np.load(straight / "images.npy"))
+    assert not (tmp_path / "x/images.npy").samefile(straight / "images.npy")
+
+
+def test_a_killed_process_and_two_ranks_encode_the_same(straight, trained_vae, tmp_path):
+    """By the SD-VAE, too, of a set that had another one's latents; the source stays as it was."""
+    before = read_bytes(straight)
+    run("--from", straight, "--out", tmp_path / "x", "--vae", "ft-mse")
+    assert read_bytes(tmp_path / "x") == before
+    died = run_alone(tmp_path, ["--from", straight, "--out", tmp_path / "y"], kill_at=2)
+    assert died.returncode == -signal.SIGKILL and not (tmp_path / "y").exists()
+    done = run_alone(tmp_path, ["--from", straight, "--out", tmp_path / "y"], ["--from", straight, "--out",
+                                                                              tmp_path / "z"], ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "resuming: 8 of 19 images are encoded already" in done.stdout and "Warning" not in done.stderr
+    assert read_bytes(tmp_path / "y") == read_bytes(tmp_path / "z") == read_bytes(straight) == before
+
+
+def test_errors_of_trained_autoencoders(straight, trained_vae, folder, tmp_path, real_loader):
+    def error(*flags):
+        message = error_of(prepare.main, [*map(str, flags), "--out", str(tmp_path / "x"), *SMALL])
+        assert not (tmp_path / "x").exists()
+        return message
+
+    torch.save({"model": torch.zeros(3)}, tmp_path / "file")
+    assert "no autoencoder of reals.py" in error("--images", folder, "--vae", tmp_path / "file")
+    assert "brings its own latents" in error("--from-repa", folder, "--vae", trained_vae)
+    assert "with which autoencoder" in error("--from", straight, "--vae", "none")
+    assert "--from data/OTHER" in error("--from", straight, "--images", folder)
+    assert "is not a prepared data set" in error("--from", folder, "--vae", trained_vae)
+    saved = torch.load(trained_vae, weights_only=True)
+    run("--from", straight, "--out", tmp_path / "y", "--vae", trained_vae)
+    meta = PreparedData(tmp_path / "y", 32).meta
+    torch.save(saved | {"id": "reals-2"}, tmp_path / "other.pt")
+    for path, message in ((tmp_path / "other.pt", r"another autoencoder (reals-2) than the one that made the latents "
+                           "(reals-1)"), (tmp_path / "none.pt", "is not there: give its file by --vae-ckpt FILE")):
+        assert message in error_of(load_decoder, meta, "ft-ema", str(path), torch.device("cpu"))

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from common import LATENT_SCALE, OLD_ATTENTION_NAMES, AutoencoderKL, load_vae, load_vae_weights, pixels_to_uint8
 from golden_utils import Fixture, official_keys, state_shapes
+from test_clip import ldm_name
 
 GOLDEN = Fixture("vae")
 TINY = dict(widths=(16, 32), layers=2, groups=8)  # the fixture's sizes
@@ -117,6 +118,16 @@ def test_both_namings_give_identical_output(tiny, tmp_path, naming, suffix):
     image, z = GOLDEN.input("image"), GOLDEN.input("z")
     assert all(torch.equal(a, b) for a, b in zip(vae.encode(image), tiny.encode(image)))
     assert torch.equal(vae.decode(z), tiny.decode(z))
+
+
+def test_latent_diffusion_s_naming_gives_identical_output(tiny, tmp_path):
+    """As Stable Diffusion's single files have it: with a prefix, and 1x1 convolutions in the attention."""
+    weights = {f"first_stage_model.{ldm_name(name) if 'coder' in name else name}":
+               w[:, :, None, None] if "to_" in name and w.ndim == 2 else w for name, w in tiny.state_dict().items()}
+    torch.save(weights, tmp_path / "ldm.pt")
+    vae = AutoencoderKL(**TINY)
+    load_vae_weights(vae, tmp_path / "ldm.pt")
+    assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), tiny.parameters(), strict=True))
 
 
 def test_half_precision_file_becomes_fp32(tiny, tmp_path):
