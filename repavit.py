@@ -478,7 +478,7 @@ class Images(torch.utils.data.Dataset):
         return self.transform(image), label
 
 
-def batches(data, cfg, run, first_step):
+def micro_batches(data, cfg, run, first_step):
     """This rank's micro-batches, images (B,3,H,W) and labels (B,), from step `first_step` on, without end."""
     from timm.data.distributed_sampler import RepeatAugSampler
 
@@ -577,7 +577,7 @@ def train(cfg, run):
     if first_step >= cfg.max_train_steps:
         return say(f"{cfg.out} is finished: {first_step} steps; --out begins another run")
     log, stop = Log(cfg, run, first_step, describe(cfg, run, data, ema)), catch_stop(run)
-    net, loader = parallelise(model, cfg, run), batches(data, cfg, run, first_step)
+    net, loader = parallelise(model, cfg, run), micro_batches(data, cfg, run, first_step)
     mixup = Mixup(0.8, 1.0, prob=float(cfg.augment == "deit"), num_classes=data.meta["num_classes"])  # smoothing is 0.1
 
     for step in range(first_step + 1, cfg.max_train_steps + 1):

@@ -5,6 +5,7 @@
         plain     repa.py --proj-coeff 0 on the latents of reals.py --align-coeff 0
         light     the same with an autoencoder of --align-coeff 0.05
         aligned   the same with 0.5
+        shuffled  the same with 0.5 and the features of ANOTHER image of the batch: the control
 
 The first form trains autoencoders that differ in nothing but the weight; at weight 0 the MLPs learn from latents whose
 gradient is cut, so that they say how much of the teacher is in plain latents. It passes if the probe of the strongest
@@ -22,8 +23,13 @@ import reals  # noqa: E402
 import repa  # noqa: E402
 from compare_alignment import compare, judged_run  # noqa: E402
 
-ARMS = {"plain": 0.0, "light": 0.05, "aligned": 0.5}
-true_forward = reals.AlignHeads.forward
+ARMS = {"plain": 0.0, "light": 0.05, "aligned": 0.5, "shuffled": 0.5}
+true_forward, true_loss = reals.AlignHeads.forward, reals.reals_loss
+
+
+def shuffled_loss(model, x, noise, z_cls, z_patches, *more):
+    """ReaLS's loss with every image's features taken from its neighbour in the batch."""
+    return true_loss(model, x, noise, z_cls.roll(1, dims=0), z_patches.roll(1, dims=0), *more)
 
 
 def train_autoencoder(data, weight, seed, out, more=(), measured=False):
@@ -45,6 +51,7 @@ def train_autoencoder(data, weight, seed, out, more=(), measured=False):
 def run_arm(arm, seed, out, samples, flags):
     """One arm's curve: an autoencoder, the data in its latents, and a plain SiT on them."""
     data = flags[flags.index("--data") + 1] if "--data" in flags else "data/toy"
+    reals.reals_loss = shuffled_loss if arm == "shuffled" else true_loss
     train_autoencoder(data, ARMS[arm], seed, out / "autoencoder")
     if not (out / "data").exists():
         prepare.main(["--from", data, "--vae", str(out / "autoencoder/vae.pt"), "--out", str(out / "data")])

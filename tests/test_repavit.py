@@ -386,7 +386,7 @@ class Places(torch.utils.data.Dataset):
 
 
 def stream(cfg, count, first_step=0, run=None):
-    loader = repavit.batches(Places(), cfg, run or place(), first_step)
+    loader = repavit.micro_batches(Places(), cfg, run or place(), first_step)
     found = [next(loader) for _ in range(count)]
     return [torch.cat(column).tolist() for column in zip(*found)]
 
@@ -608,7 +608,7 @@ def test_two_ranks_average_two_halves(data, two_ranks):
     for rank in (0, 1):
         run = SimpleNamespace(rank=rank, world=2, micro_batch=4, device=torch.device("cpu"))
         model, _ = repavit.build(cfg, images, run)
-        batch = next(repavit.batches(images, cfg, run, 0))
+        batch = next(repavit.micro_batches(images, cfg, run, 0))
         _, uniform = repavit.step_draws(0, 1, 8, run)
         keep = (uniform(4, 2) >= model.drop_rates).float()
         np.random.seed(repavit.mix_seed(0, 1, rank, 0) % 2**32)
