@@ -61,19 +61,24 @@ def read_meta(folder):
         fail(f"{folder} is not a prepared data set ({error}); prepare that first, --help shows how")
 
 
-def write_labels_and_meta(folder, labels, source, resolution, class_names, captions=None, vae="none", **more):
+def vae_meta(name):
+    """What meta.json says of latents by this --vae: ft-mse or ft-ema, a file of reals.py, or none."""
+    if name == "none":
+        return {}
+    if name in VAE_REPOS:
+        return dict(vae=f"sd-vae-{name}", channels=4, latent_scale=LATENT_SCALE)
+    return read_latent_stats(name)
+
+
+def write_labels_and_meta(folder, labels, source, resolution, class_names, captions=None, **more):
     """Write all but images and moments; `more` is added to meta.json."""
     np.save(folder / "labels.npy", np.asarray(labels, dtype=np.int64))
     if captions is not None:
         (folder / "captions.json").write_text(json.dumps(captions) + "\n")
     meta = dict(format=1, source=source, count=len(labels), resolution=resolution, num_classes=len(class_names),
-                class_names=class_names, vae=None, channels=3, latent_scale=1.0, latent_shift=0.0)
-    if vae in VAE_REPOS:
-        meta |= dict(vae=f"sd-vae-{vae}", channels=4, latent_scale=LATENT_SCALE)
-    elif vae != "none":
-        meta |= read_latent_stats(vae)
+                class_names=class_names, vae=None, channels=3, latent_scale=1.0, latent_shift=0.0) | more
+    if "vae_id" in meta:
         meta["source"] += f", encoded by {meta['vae_id']}"  # what a run compares before it continues
-    meta |= more
     (folder / "meta.json").write_text(json.dumps(meta) + "\n")
 
 
@@ -242,7 +247,7 @@ def prepare_images(args):
         done_file.unlink()  # from here on a kill means starting again: rows are no longer files
         for name in shapes:
             os.replace(folder / f"{name}.tmp", folder / f"{name}.npy")
-    write_labels_and_meta(folder, labels[kept], str(root), resolution, class_names, None, args.vae)
+    write_labels_and_meta(folder, labels[kept], str(root), resolution, class_names, **vae_meta(args.vae))
     PreparedData(folder, resolution)  # as every script opens it: counts and shapes are right
     os.replace(folder, out)
     (out / done_file.name).unlink(missing_ok=True)  # last: nothing is lost by a kill before it
@@ -285,7 +290,7 @@ def prepare_again(args):
     if RANK > 0:
         return
     write_labels_and_meta(folder, data.array("labels"), meta["source"].partition(", encoded by ")[0],
-                          meta["resolution"], meta["class_names"], None, args.vae)
+                          meta["resolution"], meta["class_names"], **vae_meta(args.vae))
     PreparedData(folder, meta["resolution"])
     os.replace(folder, out)
     (out / done_file.name).unlink(missing_ok=True)

@@ -244,7 +244,7 @@ def test_two_ranks_write_what_one_does(folder, straight, killed, tmp_path):
 
 def break_off(patch, *flags):
     """Run until labels would be written."""
-    patch.setattr(prepare, "write_labels_and_meta", lambda *args: 1 / 0)
+    patch.setattr(prepare, "write_labels_and_meta", lambda *args, **more: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(*flags)
 

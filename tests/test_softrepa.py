@@ -497,6 +497,7 @@ def test_the_cache(photos, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "10 captioned images" in said and "GB of disk" in said and "1 captions are longer than the 75 tokens" in said
     train, held_out = (CaptionedData(cache, 32, "sd3", part) for part in (False, True))
+    assert train.meta["vae"] == "sd3"  # so that samples are decoded by SD3's
     assert (len(train), len(held_out)) == (10, 0) and json.loads((cache / "captions.json").read_text()) == [
         captions[f"{i}.png"] for i in range(10)]
     batch = train[np.arange(10)]
