@@ -30,7 +30,6 @@ import json
 import math
 import os
 import re
-import signal
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -46,10 +45,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common import (SD_VAE_META, SIT_SIZES, Log, PreparedData, SiT, SyntheticData, catch_stop, clean_input,
-                    draw_paths, fail, first_line, first_rank_first, image_randn, init_from as init_sit, interpolate,
-                    load_checkpoint, load_decoder, load_weights, lognormal_time, make_folder, micro_batches, mix_seed,
-                    path_coefficients, run_tool, sample, sample_npz, save_checkpoint, say, sit_from_weights, step_draws,
-                    timestep_embedding)
+                    clear_errors, draw_paths, end_run, fail, first_rank_first, image_randn, init_from as init_sit,
+                    interpolate, load_checkpoint, load_decoder, load_weights, lognormal_time, make_folder,
+                    micro_batches, mix_seed, path_coefficients, run_tool, sample, sample_npz, save_checkpoint,
+                    save_picture, say, sit_from_weights, step_draws, timestep_embedding)
 
 
 @dataclass
@@ -405,14 +404,7 @@ def train(cfg, run):
         if stopping:
             break
     loader.close()
-    log.bar.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what follows is stopped by a plain Ctrl-C again
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if stopping:
-        if run.world > 1:
-            dist.barrier()  # torchrun ends all ranks as soon as one is gone: wait until rank 0 has saved
-        say(f"stopped at step {step}, saved in {cfg.out}/last.pt; the same command continues")
-        raise SystemExit(128 + stopping)
+    end_run(cfg, run, log, step, stopping)
 
 
 def describe(cfg, run, data, model):
@@ -442,11 +434,7 @@ def preview(cfg, run, ema, shape, decode, step):
         x = sample(ema.with_table(), randn(*shape), y, torch.full_like(y, ema.sit.num_classes), num_steps=20,
                    path_type=cfg.path_type, cfg_scale=cfg.cfg_scale, guidance_low=cfg.guidance_low,
                    guidance_high=cfg.guidance_high)
-    images = decode(x).permute(0, 3, 1, 2).float() / 255
-    if images.shape[-1] < 64:  # large enough to look at
-        images = F.interpolate(images, scale_factor=4)
-    from torchvision.utils import save_image
-    save_image(images, Path(cfg.out) / f"preview-{step}.png", nrow=8)
+    save_picture(Path(cfg.out) / f"preview-{step}.png", decode(x))
 
 
 def load_carflow(cfg, path):
@@ -624,7 +612,7 @@ def main(argv=None):
     """Train or sample, as the command line says; the toy does both and has the result judged."""
     cfg = parse(argv)
     run = setup(cfg)
-    try:
+    with clear_errors(run):
         if cfg.model == "synthetic":
             return synthetic(cfg, run)
         if cfg.learn_scale != "none":
@@ -638,15 +626,6 @@ def main(argv=None):
         train(cfg, run)
         if is_toy:
             report_toy(cfg, run)
-    except torch.OutOfMemoryError:
-        fail(f"out of GPU memory: lower --micro-batch (now {run.micro_batch}); the global batch stays the same")
-    except OSError as error:  # a full disk, most likely
-        fail(f"{first_line(error)}; free some disk, or choose another --out, and repeat the command: it continues")
-    except KeyboardInterrupt:
-        fail("interrupted")
-    finally:
-        if run.world > 1:
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

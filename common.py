@@ -43,8 +43,9 @@ def say(message):
 
 
 def first_line(error):
-    """What an exception says, in one line."""
-    return (str(error) or type(error).__name__).splitlines()[0][:100]
+    """What an exception says, in one line: its first, or where a data process died of it, its last."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if "in DataLoader worker" in lines[0] else 0][:160]
 
 
 def make_folder(path):
@@ -1524,7 +1525,7 @@ def clean_input(batch, meta, noise):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Around a run: the tools it calls, the signal that ends it, the log it writes, a picture of paths.
+# Around a run: the tools it calls, what ends it, the log and the pictures it writes.
 # ---------------------------------------------------------------------------------------------------------------------
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by the vendor
 
@@ -1554,6 +1555,34 @@ def catch_stop(run):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
     return stop
+
+
+def end_run(cfg, run, log, step, stopping):
+    """After the last step: the bar closes, signals act as ever, and a run that was told to stop ends here."""
+    log.bar.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what follows is stopped by a plain Ctrl-C again
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if stopping:
+        if run.world > 1:
+            dist.barrier()  # torchrun ends all ranks as soon as one is gone: wait until rank 0 has saved
+        say(f"stopped at step {step}, saved in {cfg.out}/last.pt; the same command continues")
+        raise SystemExit(128 + stopping)
+
+
+@contextlib.contextmanager
+def clear_errors(run, memory="--micro-batch (now {}); the global batch stays the same"):
+    """Around all that a script does: what its user can mend becomes one line; at the end the ranks part."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        fail(f"out of GPU memory: lower {memory.format(run.micro_batch)}")
+    except OSError as error:  # a full disk, most likely
+        fail(f"{first_line(error)}; free some disk, or choose another --out, and repeat the command: it continues")
+    except KeyboardInterrupt:
+        fail("interrupted")
+    finally:
+        if run.world > 1:
+            dist.destroy_process_group()
 
 
 class Log:
@@ -1609,6 +1638,13 @@ class Log:
             fail(f"no usable gradient (zero or not finite) in the last {bad:.0f} steps, at step {step}; {self.cfg.out} "
                  f"keeps the checkpoint from before: try a lower --learning-rate, or --precision fp32")
         self.sums, self.steps, self.clock = 0, 0, time.perf_counter()
+
+
+def save_picture(path, images, columns=8):
+    """A picture of images (N,R,R,3) uint8, in rows; small ones are enlarged, so that one can look at them."""
+    from torchvision.utils import save_image
+    images = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255
+    save_image(F.interpolate(images, scale_factor=4) if images.shape[-1] < 64 else images, path, nrow=columns)
 
 
 def draw_paths(path, titles, z, reach=5):

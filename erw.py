@@ -32,7 +32,6 @@ import inspect
 import json
 import os
 import re
-import signal
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -46,10 +45,11 @@ import torch.nn.functional as F
 from torch import distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import (SD_VAE_META, SIT_SIZES, Log, PreparedData, SiT, SyntheticData, catch_stop, clean_input, fail,
-                    first_line, first_rank_first, image_randn, init_from, init_linear, interpolate, load_checkpoint,
-                    load_decoder, load_teacher, load_weights, lognormal_time, make_folder, micro_batches, mix_seed,
-                    run_tool, sample, sample_npz, save_checkpoint, say, sit_from_weights, step_draws)
+from common import (SD_VAE_META, SIT_SIZES, Log, PreparedData, SiT, SyntheticData, catch_stop, clean_input,
+                    clear_errors, end_run, fail, first_rank_first, image_randn, init_from, init_linear, interpolate,
+                    load_checkpoint, load_decoder, load_teacher, load_weights, lognormal_time, make_folder,
+                    micro_batches, mix_seed, run_tool, sample, sample_npz, save_checkpoint, save_picture, say,
+                    sit_from_weights, step_draws)
 
 
 @dataclass
@@ -435,14 +435,7 @@ def train(cfg, run):
         if stopping:
             break
     loader.close()
-    log.bar.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what follows is stopped by a plain Ctrl-C again
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if stopping:
-        if run.world > 1:
-            dist.barrier()  # torchrun ends all ranks as soon as one is gone: wait until rank 0 has saved
-        say(f"stopped at step {step}, saved in {cfg.out}/last.pt; the same command continues")
-        raise SystemExit(128 + stopping)
+    end_run(cfg, run, log, step, stopping)
 
 
 def describe(cfg, run, data, model):
@@ -473,11 +466,7 @@ def preview(cfg, run, ema, shape, decode, step):
         x = sample(ema.velocity, randn(*shape), y, torch.full_like(y, ema.num_classes), num_steps=20,
                    path_type=cfg.path_type, cfg_scale=cfg.cfg_scale, guidance_low=cfg.guidance_low,
                    guidance_high=cfg.guidance_high)
-    images = decode(x).permute(0, 3, 1, 2).float() / 255
-    if images.shape[-1] < 64:  # large enough to look at
-        images = F.interpolate(images, scale_factor=4)
-    from torchvision.utils import save_image
-    save_image(images, Path(cfg.out) / f"preview-{step}.png", nrow=8)
+    save_picture(Path(cfg.out) / f"preview-{step}.png", decode(x))
 
 
 def generate(cfg, run):
@@ -570,7 +559,7 @@ def main(argv=None):
         flags = next(flags for name, flags in RELEASED.items() if cfg.model.startswith(name))
         cfg = parse([*flags.split(), *(sys.argv[1:] if argv is None else argv)])
     run = setup(cfg)
-    try:
+    with clear_errors(run):
         if cfg.sample:
             return generate(cfg, run)
         if cfg.probe:
@@ -584,15 +573,6 @@ def main(argv=None):
             report_cost(cfg)
         if is_toy:
             report_toy(cfg, run)
-    except torch.OutOfMemoryError:
-        fail(f"out of GPU memory: lower --micro-batch (now {run.micro_batch}); the global batch stays the same")
-    except OSError as error:  # a full disk, most likely
-        fail(f"{first_line(error)}; free some disk, or choose another --out, and repeat the command: it continues")
-    except KeyboardInterrupt:
-        fail("interrupted")
-    finally:
-        if run.world > 1:
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ import inspect
 import json
 import os
 import re
-import signal
 import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -52,10 +51,10 @@ import torch.nn.functional as F
 from torch import distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import (VAE_REPOS, AutoencoderKL, Log, PreparedData, SyntheticData, catch_stop, fail, first_line,
+from common import (VAE_REPOS, AutoencoderKL, Log, PreparedData, SyntheticData, catch_stop, clear_errors, end_run, fail,
                     first_rank_first, init_linear, load_checkpoint, load_lpips, load_teacher, load_vae, make_folder,
-                    micro_batches, mix_seed, pixels_to_uint8, rename_vae_weights, run_tool, sample_npz,
-                    save_checkpoint, say, step_draws)
+                    micro_batches, mix_seed, pixels_to_uint8, rename_vae_weights, run_tool, sample_npz, save_checkpoint,
+                    save_picture, say, step_draws)
 
 
 @dataclass
@@ -503,14 +502,7 @@ def train(cfg, run):
         if stopping:
             break
     loader.close()
-    log.bar.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what follows is stopped by a plain Ctrl-C again
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if stopping:
-        if run.world > 1:
-            dist.barrier()  # torchrun ends all ranks as soon as one is gone: wait until rank 0 has saved
-        say(f"stopped at step {step}, saved in {cfg.out}/last.pt; the same command continues")
-        raise SystemExit(128 + stopping)
+    end_run(cfg, run, log, step, stopping)
 
 
 def describe(cfg, run, data, model):
@@ -581,11 +573,7 @@ def measure(cfg, run, model, teacher, lpips, step):
 def draw_pairs(path, images, rebuilt):
     """A picture of images (N,R,R,3) uint8: a row of eight, below it their reconstructions, and so on."""
     rows = [part for pair in zip(images.split(8), rebuilt.split(8)) for part in pair]
-    picture = torch.cat(rows).permute(0, 3, 1, 2).float() / 255
-    if picture.shape[-1] < 64:  # large enough to look at
-        picture = F.interpolate(picture, scale_factor=4)
-    from torchvision.utils import save_image
-    save_image(picture, path, nrow=8)
+    save_picture(path, torch.cat(rows))
 
 
 @torch.no_grad()
@@ -632,7 +620,7 @@ def main(argv=None):
     """Train or rebuild, as the command line says; the toy does both and has the result judged."""
     cfg = parse(argv)
     run = setup(cfg)
-    try:
+    with clear_errors(run):
         if cfg.sample:
             return generate(cfg, run)
         is_toy = cfg.model == "toy" and cfg.data == "data/toy" and not cfg.bench
@@ -642,15 +630,6 @@ def main(argv=None):
         train(cfg, run)
         if is_toy:
             report_toy(cfg, run)
-    except torch.OutOfMemoryError:
-        fail(f"out of GPU memory: lower --micro-batch (now {run.micro_batch}); the global batch stays the same")
-    except OSError as error:  # a full disk, most likely
-        fail(f"{first_line(error)}; free some disk, or choose another --out, and repeat the command: it continues")
-    except KeyboardInterrupt:
-        fail("interrupted")
-    finally:
-        if run.world > 1:
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -46,7 +46,6 @@ import math
 import os
 import random
 import re
-import signal
 import time
 from collections import OrderedDict
 from contextlib import nullcontext
@@ -62,9 +61,9 @@ import torch.nn.functional as F
 from torch import distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import (Attention, Log, Mlp, PreparedData, SiTBlock, SyntheticData, _outlive_signals, catch_stop, fail,
-                    first_rank_first, init_linear, load_checkpoint, make_folder, mix_seed, run_tool, save_checkpoint,
-                    say, step_draws)
+from common import (Attention, Log, Mlp, PreparedData, SiTBlock, SyntheticData, _outlive_signals, catch_stop,
+                    clear_errors, end_run, fail, first_rank_first, init_linear, load_checkpoint, make_folder, mix_seed,
+                    run_tool, save_checkpoint, save_picture, say, step_draws)
 
 
 @dataclass
@@ -617,14 +616,7 @@ def train(cfg, run):
         if stopping:
             break
     loader.close()
-    log.bar.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what follows is stopped by a plain Ctrl-C again
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if stopping:
-        if run.world > 1:
-            dist.barrier()  # torchrun ends all ranks as soon as one is gone: wait until rank 0 has saved
-        say(f"stopped at step {step}, saved in {cfg.out}/last.pt; the same command continues")
-        raise SystemExit(128 + stopping)
+    end_run(cfg, run, log, step, stopping)
 
 
 def describe(cfg, run, data, model):
@@ -731,7 +723,6 @@ def reparam(cfg, run):
 
 def generate(cfg, run):
     """A picture of cfg.sample val images by the class that cfg.ckpt gives them: a row of eight per class."""
-    from torchvision.utils import save_image
     model = load_model(cfg, cfg.ckpt).to(run.device)
     data = Images(replace(cfg, resolution=model.resolution), "val")
     if (count := data.meta["num_classes"]) != len(model.head.bias):
@@ -749,7 +740,7 @@ def generate(cfg, run):
     path = Path(cfg.out) / "predictions.png"
     if run.rank == 0:
         make_folder(cfg.out)
-        save_image(F.interpolate(grid.flatten(0, 1), scale_factor=max(1, 64 // images.shape[-1])), path, nrow=8)
+        save_picture(path, (255 * grid.flatten(0, 1)).round().permute(0, 2, 3, 1))
     say(f"wrote {path}: {(predicted == labels).float().mean():.1%} of {len(labels)} val images are right; rows stand "
         f"for {', '.join(str(data.meta['class_names'][label]) for label in classes)}")
 
@@ -758,7 +749,7 @@ def main(argv=None):
     """Train, fold or classify, as the command line says; the toy does all three."""
     cfg = parse(argv)
     run = setup(cfg)
-    try:
+    with clear_errors(run):
         if cfg.reparam:
             return reparam(cfg, run)
         if cfg.sample:
@@ -773,16 +764,6 @@ def main(argv=None):
                 dist.barrier()  # until rank 0 has saved
             reparam(replace(cfg, reparam=f"{cfg.out}/last.pt", eval=True), run)
             generate(replace(cfg, sample=480, ckpt=f"{cfg.out}/last.pt"), run)
-    except torch.OutOfMemoryError:
-        fail(f"out of GPU memory: lower --micro-batch (now {run.micro_batch}); the global batch stays the same")
-    except OSError as error:  # a full disk; or a damaged image, whose error may come with a worker's traceback
-        fail(f"{str(error).strip().splitlines()[-1]}; mend that, or choose another --out, and repeat the command: it "
-             f"continues")
-    except KeyboardInterrupt:
-        fail("interrupted")
-    finally:
-        if run.world > 1:
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ import json
 import math
 import os
 import re
-import signal
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,9 +50,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import (CLIP_LENGTH, SD3_MEDIUM, SD3_VAE_META, CaptionedData, Log, MMDiT, RandomPairs, catch_stop,
-                    clean_input, fail, first_line, first_rank_first, interpolate, load_checkpoint, load_decoder,
-                    load_sd3_network, load_sd3_text, make_folder, micro_batches, pad_context, run_tool, sample,
-                    sample_npz, save_checkpoint, say, sd3_times, step_draws, store_bf16)
+                    clean_input, clear_errors, end_run, fail, first_line, first_rank_first, interpolate,
+                    load_checkpoint, load_decoder, load_sd3_network, load_sd3_text, make_folder, micro_batches,
+                    pad_context, run_tool, sample, sample_npz, save_checkpoint, save_picture, say, sd3_times,
+                    step_draws, store_bf16)
 
 
 @dataclass
@@ -442,14 +442,7 @@ def train(cfg, run):
         if stopping:
             break
     loader.close()
-    log.bar.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what follows is stopped by a plain Ctrl-C again
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if stopping:
-        if run.world > 1:
-            dist.barrier()  # torchrun ends all ranks as soon as one is gone: wait until rank 0 has saved
-        say(f"stopped at step {step}, saved in {cfg.out}/last.pt; the same command continues")
-        raise SystemExit(128 + stopping)
+    end_run(cfg, run, log, step, stopping)
 
 
 def describe(cfg, run, data, model, soft):
@@ -519,17 +512,9 @@ def generate(cfg, run):
         sample_npz(path, generate_batch, labels, cfg.seed, run.micro_batch, run)
     if run.rank == 0:
         path.with_suffix(".json").write_text(json.dumps([prompts[i] for i in labels], indent=1) + "\n")
-        save_picture(np.load(path)["arr_0"][:16], path.with_suffix(".png"))
+        save_picture(path.with_suffix(".png"), np.load(path)["arr_0"][:16])
     say(f"wrote {path}, .json and .png: {cfg.sample} images, {cfg.num_steps} steps, guidance {cfg.cfg_scale:g}")
     return path
-
-
-def save_picture(images, path, columns=8):
-    """A grid of images (N,H,W,3) uint8, small ones enlarged."""
-    from torchvision.utils import save_image
-    images = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    images = F.interpolate(images, scale_factor=6) if images.shape[-1] < 64 else images
-    save_image(images, path, nrow=columns)
 
 
 def recognise(images, objects):
@@ -555,7 +540,7 @@ def report_toy(cfg, run):
     if run.rank == 0:
         print("               retrieval   error gap   exact caption   with guidance 2", *table, sep="\n")
         rows = np.stack(pictures).reshape(3, 3, 8, 16, 16, 3).swapaxes(0, 1).reshape(-1, 16, 16, 3)
-        save_picture(rows, f"{cfg.out}/before-after.png")
+        save_picture(f"{cfg.out}/before-after.png", rows)
         print(f"retrieval: of {cfg.batch_size} captions an image's own has the least error; gap: the others' mean "
               "error minus its own.\nThese two are trained. Whether samples follow their captions better is what the "
               f"last columns say,\nof {len(real)} samples (real images: "
@@ -572,7 +557,7 @@ def main(argv=None):
     if not cfg.min_t < cfg.max_t <= 1000:
         fail(f"--min-t {cfg.min_t} --max-t {cfg.max_t}: times are integers from the first to below the second, of 1000")
     run = setup(cfg)
-    try:
+    with clear_errors(run, "--nrows (now {}), the gradient is the same; or add --recompute"):
         if cfg.sample:
             return generate(cfg, run)
         is_toy = cfg.model == "toy" and cfg.data == "data/pairs" and not cfg.bench
@@ -582,15 +567,6 @@ def main(argv=None):
         train(cfg, run)
         if is_toy:
             report_toy(cfg, run)
-    except torch.OutOfMemoryError:
-        fail(f"out of GPU memory: lower --nrows (now {run.micro_batch}), the gradient is the same; or add --recompute")
-    except OSError as error:  # a full disk, most likely
-        fail(f"{first_line(error)}; free some disk, or choose another --out, and repeat the command: it continues")
-    except KeyboardInterrupt:
-        fail("interrupted")
-    finally:
-        if run.world > 1:
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -449,7 +449,7 @@ def test_report(tmp_path, capsys):
     assert [row[0] for row in table] == ["base", "soft"] and all(len(row) == 5 for row in table)
     assert any("real images: 100%" in line for line in lines)
     from PIL import Image
-    assert Image.open(tmp_path / "run/before-after.png").size == (8 * (96 + 2) + 2, 9 * (96 + 2) + 2)
+    assert Image.open(tmp_path / "run/before-after.png").size == (8 * (64 + 2) + 2, 9 * (64 + 2) + 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
