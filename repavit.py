@@ -530,6 +530,8 @@ def load_model(cfg, path):
         fail(f"{path} has {sizes}: " + (f"add --model {names[0]}" if names else "no model of this script"))
     norms = [norm for norm, key in (("LayerNorm", "norm"), ("BatchNorm", "norm1"))
              if f"blocks.0.mlp.{key}.weight" in weights]
+    if settings.get("heuristic", "static") == "linear":
+        fail(f"{path} was trained with --heuristic linear, an idle ratio for each depth: that is not supported here")
     idle_ratio = settings.get("idle_ratio", cfg.idle_ratio) * settings.get("channel_idle", True)  # the official switch
     model = RePaViT(patch * math.isqrt(tokens - 1), len(weights["head.bias"]), MODELS[cfg.model], idle_ratio, *norms)
     for block in model.blocks if not norms else ():

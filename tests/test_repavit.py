@@ -734,6 +734,9 @@ def test_what_cannot_be_folded_is_refused(tmp_path):
     official = argparse.Namespace(channel_idle=False, idle_ratio=0.75)  # the ratio says nothing without the switch
     torch.save(dict(model=model.state_dict(), args=official), tmp_path / "official.pt")
     assert "no idle channels" in refused(["--reparam", tmp_path / "official.pt"])
+    official = argparse.Namespace(channel_idle=True, idle_ratio=0.75, heuristic="linear")
+    torch.save(dict(model=model.state_dict(), args=official), tmp_path / "official.pt")
+    assert "--heuristic linear" in refused(["--reparam", tmp_path / "official.pt"])
     nearly = RePaViT(16, 4, sizes, 0.75)
     for module in nearly.modules():
         if isinstance(module, nn.BatchNorm1d):
