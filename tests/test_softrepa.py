@@ -357,7 +357,7 @@ print(f"REDUCTIONS {len(calls)}"); destroy()"""
     env = {k: v for k, v in os.environ.items() if k not in hidden} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", path,
                            str(ROOT), *flags(data, out, STEPS, "--save-every", STEPS), "--", *sampling(trained, out)],
-                          env=env, capture_output=True, text=True, timeout=100)
+                          env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 

@@ -28,7 +28,7 @@ REPA = str(ROOT / "repa.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 STEPS, STEPS_TWO = 60, 40        # of the unbroken runs, on one and on two ranks
 SIGNAL_STEP = 8                  # once the log is here, the signal goes off
-LIMIT = 90                       # seconds a process may take
+LIMIT = 300                      # seconds after which a process counts as hanging
 CLASSES, IMAGES = 4, 100
 
 
