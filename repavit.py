@@ -33,7 +33,7 @@ attention are left out). Run by us: the toy and the checks in README.md, not Ima
 What differs from the official code, on purpose: it trains (an import is missing there); bf16, not fp16 with a scaler;
 repeated augmentation on one GPU, too; a resumed run goes on with the same images and draws; channels are chosen by
 slices, not masks; the fold is in float64, and refused where there is nothing to fold. Kept: mixup and BatchNorm act in
-each micro-batch of a rank (DDP hands on rank 0's statistics), so two ranks are not one; --sync-bn is ours. The EMA is
+each micro-batch of a rank (rank 0's statistics are kept), so two ranks are not one; --sync-bn is ours. The EMA is
 saved, the raw weights are evaluated. Swin, MLP-Mixer and PoolFormer are left out: the same layer in other networks.
 """
 import argparse
