@@ -41,14 +41,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import distributed as dist
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common import (SD_VAE_META, SIT_SIZES, Log, PreparedData, SiT, SyntheticData, catch_stop, clean_input,
-                    clear_errors, draw_paths, end_run, fail, first_rank_first, image_randn, init_from as init_sit,
-                    interpolate, load_checkpoint, load_decoder, load_weights, lognormal_time, make_folder,
-                    micro_batches, mix_seed, path_coefficients, run_tool, sample, sample_npz, save_checkpoint,
-                    save_picture, say, sit_from_weights, step_draws, timestep_embedding)
+                    clear_errors, draw_paths, end_run, fail, first_rank_first, flop_counter, image_randn,
+                    init_from as init_sit, interpolate, load_checkpoint, load_decoder, load_weights, lognormal_time,
+                    make_folder, micro_batches, mix_seed, path_coefficients, process_group_backend, run_tool, sample,
+                    sample_npz, save_checkpoint, save_picture, say, sit_from_weights, step_draws, timestep_embedding)
 
 
 @dataclass
@@ -258,7 +257,7 @@ def setup(cfg):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group()  # NCCL for CUDA tensors, gloo for CPU tensors
+        dist.init_process_group(process_group_backend(device))
     cfg.compile = kind == "cuda" if cfg.compile is None else cfg.compile
     cfg.precision = ("bf16" if kind == "cuda" else "fp32") if cfg.precision == "auto" else cfg.precision
     autocast = functools.partial(torch.autocast, kind, torch.bfloat16, enabled=cfg.precision == "bf16")
@@ -410,7 +409,7 @@ def train(cfg, run):
 def describe(cfg, run, data, model):
     """Say what is about to run, and write config.json; returns the model FLOPs of training on one image."""
     label = torch.zeros(1, dtype=torch.long, device=run.device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with flop_counter() as counter, torch.no_grad():
         model(torch.zeros(1, *data.shape, device=run.device), label.float(), label)
     flops = 3 * counter.get_total_flops()  # the backward pass costs two forward passes
     count, images = sum(p.numel() for p in model.parameters()), cfg.max_train_steps * cfg.batch_size

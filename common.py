@@ -28,6 +28,8 @@ import torch.distributed.nn  # before any process group: else its defaults keep 
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 
@@ -54,6 +56,14 @@ def make_folder(path):
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"cannot write to {path} ({first_line(error)}): choose another --out")
+
+
+def process_group_backend(device):
+    """The backends of the process group: NCCL for CUDA tensors, gloo for the stop signal and the barriers on the CPU.
+
+    Without a name PyTorch (since 2.6) registers only the accelerator's, and a CPU tensor then has none.
+    """
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 @contextlib.contextmanager
@@ -1530,6 +1540,16 @@ def clean_input(batch, meta, noise):
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by the vendor
 
 
+@contextlib.contextmanager
+def flop_counter():
+    """PyTorch's counter of FLOPs, made to see attention: which of its kernels it knows changes from version to version.
+
+    So attention is computed by its formula while it counts, two products of matrices.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
 def run_tool(*command):
     """Run prepare.py or evaluate.py as a user would, printing the command."""
     print("$ python", *command, flush=True)
@@ -1560,11 +1580,11 @@ def catch_stop(run):
 def end_run(cfg, run, log, step, stopping):
     """After the last step: the bar closes, signals act as ever, and a run that was told to stop ends here."""
     log.bar.close()
+    if run.world > 1:
+        dist.barrier()  # until rank 0 has saved: what follows reads its files, and torchrun ends all with the first
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what follows is stopped by a plain Ctrl-C again
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if stopping:
-        if run.world > 1:
-            dist.barrier()  # torchrun ends all ranks as soon as one is gone: wait until rank 0 has saved
         say(f"stopped at step {step}, saved in {cfg.out}/last.pt; the same command continues")
         raise SystemExit(128 + stopping)
 

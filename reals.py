@@ -49,12 +49,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import distributed as dist
-from torch.utils.flop_counter import FlopCounterMode
 
-from common import (VAE_REPOS, AutoencoderKL, Log, PreparedData, SyntheticData, catch_stop, clear_errors, end_run, fail,
-                    first_rank_first, init_linear, load_checkpoint, load_lpips, load_teacher, load_vae, make_folder,
-                    micro_batches, mix_seed, pixels_to_uint8, rename_vae_weights, run_tool, sample_npz, save_checkpoint,
-                    save_picture, say, step_draws)
+from common import (VAE_REPOS, AutoencoderKL, Log, PreparedData, SyntheticData, catch_stop, clear_errors, end_run,
+                    fail, first_rank_first, flop_counter, init_linear, load_checkpoint, load_lpips, load_teacher,
+                    load_vae, make_folder, micro_batches, mix_seed, pixels_to_uint8, process_group_backend,
+                    rename_vae_weights, run_tool, sample_npz, save_checkpoint, save_picture, say, step_draws)
 
 
 @dataclass
@@ -299,7 +298,7 @@ def setup(cfg):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group()  # NCCL for CUDA tensors, gloo for CPU tensors
+        dist.init_process_group(process_group_backend(device))
     cfg.compile = kind == "cuda" if cfg.compile is None else cfg.compile
     cfg.precision = ("bf16" if kind == "cuda" else "fp32") if cfg.precision == "auto" else cfg.precision
     autocast = functools.partial(torch.autocast, kind, torch.bfloat16, enabled=cfg.precision == "bf16")
@@ -507,7 +506,7 @@ def train(cfg, run):
 
 def describe(cfg, run, data, model):
     """Say what is about to run, and write config.json; returns the autoencoder's FLOPs of training on one image."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with flop_counter() as counter, torch.no_grad():
         model(*(torch.zeros(1, *shape, device=run.device)
                 for shape in ((3, cfg.resolution, cfg.resolution), model.latent_shape)))
     flops = 3 * counter.get_total_flops()  # the backward pass costs two forward passes

@@ -59,11 +59,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import distributed as dist
-from torch.utils.flop_counter import FlopCounterMode
 
 from common import (Attention, Log, Mlp, PreparedData, SiTBlock, SyntheticData, _outlive_signals, catch_stop,
-                    clear_errors, end_run, fail, first_rank_first, init_linear, load_checkpoint, make_folder, mix_seed,
-                    run_tool, save_checkpoint, save_picture, say, step_draws)
+                    clear_errors, end_run, fail, first_rank_first, flop_counter, init_linear, load_checkpoint,
+                    make_folder, mix_seed, process_group_backend, run_tool, save_checkpoint, save_picture, say,
+                    step_draws)
 
 
 @dataclass
@@ -356,7 +356,7 @@ def setup(cfg):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group()  # NCCL for CUDA tensors, gloo for CPU tensors
+        dist.init_process_group(process_group_backend(device))
     cfg.compile = kind == "cuda" if cfg.compile is None else cfg.compile
     cfg.precision = ("bf16" if kind == "cuda" else "fp32") if cfg.precision == "auto" else cfg.precision
     autocast = functools.partial(torch.autocast, kind, torch.bfloat16, enabled=cfg.precision == "bf16")
@@ -661,7 +661,7 @@ def evaluate(cfg, run, models, data):
 @torch.no_grad()
 def multiply_adds(model):
     """Of the matrices and the patch embedding on one image; like the paper's, without the products inside attention."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         model(torch.zeros(1, 3, model.resolution, model.resolution, device=model.cls_token.device))
     counts, aten = counter.get_flop_counts()["Global"], torch.ops.aten
     return sum(counts.get(op, 0) for op in (aten.mm, aten.addmm, aten.convolution)) // 2

@@ -47,13 +47,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from common import (CLIP_LENGTH, SD3_MEDIUM, SD3_VAE_META, CaptionedData, Log, MMDiT, RandomPairs, catch_stop,
-                    clean_input, clear_errors, end_run, fail, first_line, first_rank_first, interpolate,
+                    clean_input, clear_errors, end_run, fail, first_line, first_rank_first, flop_counter, interpolate,
                     load_checkpoint, load_decoder, load_sd3_network, load_sd3_text, make_folder, micro_batches,
-                    pad_context, run_tool, sample, sample_npz, save_checkpoint, save_picture, say, sd3_times,
-                    step_draws, store_bf16)
+                    pad_context, process_group_backend, run_tool, sample, sample_npz, save_checkpoint, save_picture,
+                    say, sd3_times, step_draws, store_bf16)
 
 
 @dataclass
@@ -248,7 +247,7 @@ def setup(cfg):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group()  # NCCL for CUDA tensors, gloo for CPU tensors
+        dist.init_process_group(process_group_backend(device))
     cfg.compile = kind == "cuda" if cfg.compile is None else cfg.compile
     cfg.precision = ("bf16" if kind == "cuda" else "fp32") if cfg.precision == "auto" else cfg.precision
     autocast = functools.partial(torch.autocast, kind, torch.bfloat16, enabled=cfg.precision == "bf16")
@@ -448,7 +447,7 @@ def train(cfg, run):
 def describe(cfg, run, data, model, soft):
     """Say what is about to run, and write config.json; returns the model FLOPs of training on one image."""
     inputs = torch.zeros(1, *data.shape), torch.zeros(1), *texts_of(cfg, data[np.arange(1)])
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), run.autocast():
+    with flop_counter() as counter, torch.no_grad(), run.autocast():
         soft_velocity(model, soft, *(tensor.to(run.device) for tensor in inputs))
     # The backward pass goes through the activations only, for no weight learns: it costs one forward pass.
     flops = 2 * cfg.batch_size * counter.get_total_flops()

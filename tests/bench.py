@@ -25,7 +25,6 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import common  # noqa: E402
 
@@ -118,7 +117,7 @@ def bench_training(name, flags):
     def counting(teacher, images):  # the FLOPs of the first call; then only the time
         if "teacher" in counted:
             return watch.wrap("teacher", teacher_forward)(teacher, images)
-        with FlopCounterMode(display=False) as counter:
+        with common.flop_counter() as counter:
             result = teacher_forward(teacher, images)
         counted["teacher"] = counter.get_total_flops() / len(images)
         return result

@@ -5,10 +5,9 @@ import resource
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import repa
-from common import SIT_SIZES, SiT
+from common import SIT_SIZES, SiT, flop_counter
 
 # Counted on the official models: 1000 classes, 4 latent channels, 256 px; GFLOP = 2 x multiply-adds, per image.
 TABLE = {  # model: (parameters, trained ones, with willisma/SiT's head of 8 channels, GFLOP at 256 px, at 512 px)
@@ -58,7 +57,7 @@ def test_parameter_count_with_the_projector(no_storage):
 @pytest.mark.parametrize("name", TABLE)
 def test_forward_flops(name, latent_size, no_storage):
     model = SiT(input_size=latent_size, **SIT_SIZES[name])
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with flop_counter() as counter, torch.no_grad():
         model(*inputs(latent_size))
     assert counter.get_total_flops() / 1e9 == pytest.approx(TABLE[name][3 if latent_size == 32 else 4], abs=6e-4)
 
@@ -67,7 +66,7 @@ def test_training_flops(no_storage):
     """Forward and backward of the loss, by the counter; and 3 x forward, which `describe` prints and MFU is made of."""
     model, batch = repa_xl(), 2
     x, t, y = inputs(32, batch)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         velocity, proj = repa.repa_loss(model, x, t, x, y, [torch.empty(batch, 256, 768)])
         forward = counter.get_total_flops() / batch
         (velocity + 0.5 * proj).mean().backward()

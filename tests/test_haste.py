@@ -457,7 +457,7 @@ sys.path.insert(0, sys.argv[1])
 from unittest import mock
 from torch import distributed as dist
 import haste
-dist.init_process_group()  # one group for all runs
+dist.init_process_group("gloo")  # one group for all runs
 with mock.patch.object(dist, "destroy_process_group"):
     for arguments in json.loads(sys.argv[2]):
         haste.main(arguments)

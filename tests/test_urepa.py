@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import urepa
@@ -151,7 +150,7 @@ def test_urepa_published_sizes(name):
 def test_urepa_published_multiply_adds(name):
     def multiply_adds(z_dims):
         """All but attention's own products, which older versions of PyTorch do not count on the CPU."""
-        with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FakeTensorMode(), common.flop_counter() as counter, torch.no_grad():
             full_size(name, z_dims)(torch.empty(1, 4, 32, 32), torch.empty(1), torch.empty(1, dtype=torch.long))
         counts = counter.get_flop_counts()["Global"].items()
         return sum(flops / 2e9 for op, flops in counts if "attention" not in str(op))

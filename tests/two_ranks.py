@@ -95,7 +95,7 @@ def record(args, poison=None, script="repa", count=False):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    dist.init_process_group()  # one group for all jobs: torchrun's meeting point serves only once
+    dist.init_process_group("gloo")  # one group for all jobs: torchrun's meeting point serves only once
     with mock.patch.object(dist, "destroy_process_group"):
         for name, job in json.loads((folder / "jobs.json").read_text()).items():
             torch.save(record(**job), folder / f"{name}-{os.environ['RANK']}.pt")
