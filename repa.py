@@ -1,125 +1,153 @@
-"""REPA: representation alignment for diffusion transformers (Yu et al., ICLR 2025, arXiv 2410.06940).
+"""REPA: representation alignment for diffusion transformers (Yu et al., arXiv 2410.06940).
 
-A SiT learns to denoise, and while it does, one early block must agree with a pretrained vision network: a small MLP
-maps each token's hidden state after block `encoder_depth` to the feature that a frozen teacher (DINOv2) has of the
-CLEAN image at that place. Only the blocks up to there feel it, and the MLP is thrown away: sampling is plain SiT.
+A SiT learns to denoise, and while it does, one early block must agree with a pretrained vision
+network: a small MLP maps each token's hidden state after block `encoder_depth` to the feature that
+a frozen teacher (DINOv2) has of the CLEAN image at that place. Only the blocks up to there feel it,
+and the MLP is thrown away: sampling is plain SiT.
 
-    L = mean |v_theta(x_t, t, y) - v|^2 - lambda mean_tokens cos(MLP(h), z)       x_t = (1-t) x + t noise, v = noise - x
+    L = mean |v_theta(x_t, t, y) - v|^2 - lambda mean_tokens cos(MLP(h), z)
+    x_t = (1-t) x + t noise,  v = noise - x
 
-    python repa.py                          the toy, on any machine: data, training, samples, figures; 3 minutes
-    python repa.py --proj-coeff 0           plain SiT, the baseline: no teacher is run
-    torchrun --nproc_per_node=8 repa.py --model SiT-XL/2                      the paper's recipe, on data/imagenet256
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 repa.py --model SiT-XL/2
-    torchrun --nproc_per_node=8 repa.py --model SiT-XL/2 --sample 50000 --ckpt runs/repa-SiT-XL-2/last.pt
+    python repa.py                     the toy: data, training, samples, metrics; 3 minutes
+    python repa.py --proj-coeff 0      plain SiT, the baseline: no teacher is run
+    torchrun --nproc_per_node=8 repa.py --model SiT-XL/2        the paper, on data/imagenet256
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
+        repa.py --model SiT-XL/2
+    torchrun --nproc_per_node=8 repa.py --model SiT-XL/2 --sample 50000 \\
+        --ckpt runs/repa-SiT-XL-2/last.pt
     python evaluate.py runs/repa-toy/samples.npz data/toy
 
-Published for SiT-XL/2 at 256 px, SDE with 250 steps: FID 7.9 after 400K training steps and 5.9 after 4M, both without
-guidance (--cfg-scale 1); 1.42 after 4M with 1.8 on t in [0, 0.7], the defaults (the paper's Tables 4, 7, 9). Run by us:
-the toy and the checks in README.md, not ImageNet.
+Published for SiT-XL/2 at 256 px, SDE with 250 steps: FID 7.9 after 400K training steps and 5.9
+after 4M, both without guidance (--cfg-scale 1); 1.42 after 4M with 1.8 on t in [0, 0.7], the
+defaults (the paper's Tables 4, 7, 9). Our runs: the toy and CIFAR-10, in docs/results.md; not
+ImageNet.
 
-What differs from the official code, on purpose: bf16, not fp16 with a loss scaler; the null label is num_classes, not
-1000; --cfg-prob reaches the model; --proj-coeff 0 runs no teacher; previews show the EMA and the labels asked for; a
-resumed run goes on with the same images and noise; the losses are vectorised (equal to rounding).
+What differs from the official code, on purpose: bf16, not fp16 with a loss scaler; the null label
+is num_classes, not 1000; --cfg-prob reaches the model; --proj-coeff 0 runs no teacher; previews
+show the EMA and the labels asked for; a resumed run goes on with the same images and noise; the
+losses are vectorised (equal to rounding).
 """
-import argparse
 import copy
-import functools
-import inspect
-import json
-import os
-import re
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal, get_args, get_origin
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch import distributed as dist
 
-from common import (SD_VAE_META, SIT_SIZES, Log, PreparedData, SiT, SyntheticData, catch_stop, clean_input,
-                    clear_errors, end_run, fail, first_rank_first, flop_counter, image_randn, init_from, init_linear,
-                    interpolate, load_checkpoint, load_decoder, load_teacher, load_weights, lognormal_time,
-                    make_folder, micro_batches, mix_seed, process_group_backend, run_tool, sample, sample_npz,
-                    save_checkpoint, save_picture, say, sit_from_weights, step_draws)
+from common import SIT_SIZES, SiT, init_linear, interpolate, lognormal_time, projector, sample
+from support.checkpoints import load_weights, restore, save_run, sit_from_weights
+from support.dataset import clean_input, micro_batches, open_data, step_draws
+from support.flags import parse
+from support.runs import (
+    Log,
+    announce,
+    catch_stop,
+    clear_errors,
+    compile_blocks,
+    end_run,
+    example_inputs,
+    make_data,
+    run_tool,
+    setup,
+    summary,
+    training_flops,
+)
+from support.samples import generate_npz, preview
+from support.teachers import check_depth, check_grids, load_teachers
+from support.terminal import say
+from support.vae import SD_VAE_META, load_decoder
 
 
 @dataclass
 class Config:
-    """One field is one flag. The values here are the paper's for SiT-XL/2; RECIPES holds what other models change."""
-    model: str = "toy"                                    # toy, or SiT-{S,B,L,XL}/{2,4,8}; it picks the recipe
-    data: str = "data/imagenet{resolution}"               # folder made by prepare.py
-    out: str = "runs/repa-{model}"                        # config.json, log.jsonl, last.pt, ema-*.pt, preview-*.png
-    resolution: int = 256                                 # pixels
-    batch_size: int = 256                                 # images per step, over all GPUs
-    micro_batch: int = 0                                  # images per GPU at once; 0 = batch size / GPUs
-    max_train_steps: int = 400_000                        # the paper's tables; its best model has 4M
-    learning_rate: float = 1e-4                           # AdamW, constant
-    max_grad_norm: float = 1.0                            # gradients are clipped to this norm
-    ema_decay: float = 0.9999                             # of the averaged weights, every step
-    cfg_prob: float = 0.1                                 # labels dropped, for classifier-free guidance
-    path_type: Literal["linear", "cosine"] = "linear"     # interpolant
+    """One field is one flag. Values are the paper's for SiT-XL/2; RECIPES has other models'."""
+    # The method
+    projector_dim: int = 2048               # width of the projector's hidden layers
+
+    # The run
+    model: str = "toy"                      # toy, or SiT-{S,B,L,XL}/{2,4,8}; it picks the recipe
+    data: str = "data/imagenet{resolution}"  # folder made by prepare.py
+    out: str = "runs/repa-{model}"          # config.json, log.jsonl, last.pt, ema-*.pt, previews
+    resolution: int = 256                   # pixels
+    batch_size: int = 256                   # images per step, over all GPUs
+    micro_batch: int = 0                    # images per GPU at once; 0 = batch size / GPUs
+    max_train_steps: int = 400_000          # the paper's tables; its best model has 4M
+
+    # Optimisation
+    learning_rate: float = 1e-4             # AdamW, constant
+    max_grad_norm: float = 1.0              # gradients are clipped to this norm
+    ema_decay: float = 0.9999               # of the averaged weights, every step
+
+    # Diffusion
+    cfg_prob: float = 0.1                   # labels dropped, for classifier-free guidance
+    path_type: Literal["linear", "cosine"] = "linear"       # interpolant
     weighting: Literal["uniform", "lognormal"] = "uniform"  # distribution of t
-    enc_type: str = "dinov2-vit-b"                        # teacher; several with commas; prepared = DATA/teacher.pt
-    teacher_ckpt: str = ""                                # teacher weights from files instead of the hub, with commas
-    encoder_depth: int = 8                                # align after this block, counted from 1; the paper: 4 for B
-    proj_coeff: float = 0.5                               # lambda; 0 = plain SiT without a teacher
-    vae: Literal["ft-ema", "ft-mse"] = "ft-ema"           # SD-VAE that decodes samples
-    vae_ckpt: str = ""                                    # its weights from a file instead of the hub
-    precision: Literal["auto", "bf16", "fp32"] = "auto"   # auto = bf16 on CUDA, fp32 elsewhere
-    compile: bool = None                                  # torch.compile each block; default: on CUDA
-    seed: int = 0                                         # of the weights, the order of images and every draw
-    workers: int = 4                                      # data processes per GPU
-    log_every: int = 100                                  # steps
-    save_every: int = 5000                                # steps between writes of last.pt
-    keep_every: int = 50_000                              # steps between ema-*.pt, which stay; 0 = none
-    preview_every: int = 10_000                           # steps between pictures; 0 = none
-    init: str = ""                                        # start from the weights of this checkpoint
-    ckpt: str = ""                                        # checkpoint to sample from
-    sample: int = 0                                       # generate this many images instead of training
-    labels: list[int] = None                              # classes to sample, in turn; default: random
-    mode: Literal["sde", "ode"] = "sde"                   # sampler
-    num_steps: int = 250                                  # of the sampler
-    heun: bool = False                                    # second-order steps
-    cfg_scale: float = 1.8                                # guidance scale; 1 = none
-    guidance_low: float = 0.0                             # guidance acts for t from here
-    guidance_high: float = 0.7                            # to here; t = 1 is noise
-    bench: int = 0                                        # train this many steps on synthetic data, write nothing
-    projector_dim: int = 2048                             # width of the projector's hidden layers
+
+    # Teacher and alignment
+    enc_type: str = "dinov2-vit-b"          # several with commas; prepared = DATA/teacher.pt
+    teacher_ckpt: str = ""                  # their weights from files, not the hub, with commas
+    encoder_depth: int = 8                  # align after this block, from 1; the paper: 4 for B
+    proj_coeff: float = 0.5                 # lambda; 0 = plain SiT without a teacher
+
+    # Autoencoder
+    vae: Literal["ft-ema", "ft-mse"] = "ft-ema"  # SD-VAE that decodes samples
+    vae_ckpt: str = ""                      # its weights from a file instead of the hub
+
+    # How it is carried out
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto = bf16 on CUDA, fp32 elsewhere
+    compile: bool = None                    # torch.compile each block; default: on CUDA
+    seed: int = 0                           # of the weights, the order of images, every draw
+    workers: int = 4                        # data processes per GPU
+    log_every: int = 100                    # steps
+    save_every: int = 5000                  # steps between writes of last.pt
+    keep_every: int = 50_000                # steps between ema-*.pt, which stay; 0 = none
+    preview_every: int = 10_000             # steps between pictures; 0 = none
+    init: str = ""                          # start from the weights of this checkpoint
+
+    # Sampling
+    ckpt: str = ""                          # checkpoint to sample from
+    sample: int = 0                         # generate this many images instead of training
+    labels: list[int] = None                # classes to sample, in turn; default: random
+    mode: Literal["sde", "ode"] = "sde"     # sampler
+    num_steps: int = 250                    # of the sampler
+    heun: bool = False                      # second-order steps
+    cfg_scale: float = 1.8                  # guidance scale; 1 = none
+    guidance_low: float = 0.0               # guidance acts for t from here
+    guidance_high: float = 0.7              # to here; t = 1 is noise
+
+    # Speed
+    bench: int = 0                          # train so many steps on random data, write nothing
 
 
-MODELS = SIT_SIZES
 RECIPES = {  # by the beginning of the model's name
-    "toy": dict(data="data/toy", resolution=16, batch_size=32, max_train_steps=2000, learning_rate=4e-3, ema_decay=0.99,
-                enc_type="prepared", encoder_depth=2, projector_dim=256, workers=0, log_every=50, save_every=500,
-                keep_every=0, preview_every=400, mode="ode", num_steps=20, cfg_scale=1.0, guidance_high=1.0),
+    "toy": dict(
+        data="data/toy", resolution=16, batch_size=32, max_train_steps=2000,
+        learning_rate=4e-3, ema_decay=0.99, projector_dim=256,
+        enc_type="prepared", encoder_depth=2,
+        workers=0, log_every=50, save_every=500, keep_every=0, preview_every=400,
+        mode="ode", num_steps=20, cfg_scale=1.0, guidance_high=1.0),
     "SiT-S": dict(encoder_depth=4),
     "SiT-B": dict(encoder_depth=4),
 }
-# What may change between a run and its continuation: how it is carried out, not what it computes.
-BOOKKEEPING = ("data out micro_batch max_train_steps teacher_ckpt vae vae_ckpt compile workers log_every save_every "
-               "keep_every preview_every ckpt sample labels mode num_steps heun cfg_scale guidance_low guidance_high "
-               "bench").split()
-RANGES = [("resolution batch_size max_train_steps log_every save_every num_steps cfg_scale projector_dim", 1, 1e12),
-          ("micro_batch learning_rate proj_coeff seed workers keep_every preview_every sample bench", 0, 1e12),
-          ("ema_decay cfg_prob guidance_low guidance_high", 0, 1), ("max_grad_norm", 1e-12, 1e12)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The method
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 class REPASiT(SiT):
-    """SiT whose tokens after block `encoder_depth` also go through one MLP per teacher (of width z_dims[i])."""
+    """SiT whose tokens after block `encoder_depth` also go through one MLP per teacher.
 
-    def __init__(self, input_size, in_channels, num_classes, sizes, encoder_depth, z_dims, projector_dim):
+    z_dims: the teachers' widths K.
+    """
+
+    def __init__(self, input_size, in_channels, num_classes, sizes, encoder_depth, z_dims,
+                 projector_dim):
         super().__init__(input_size, in_channels, num_classes, **sizes)
-        self.encoder_depth, hidden_size = encoder_depth, sizes["hidden_size"]
-        self.projectors = nn.ModuleList([nn.Sequential(
-            nn.Linear(hidden_size, projector_dim), nn.SiLU(),
-            nn.Linear(projector_dim, projector_dim), nn.SiLU(),
-            nn.Linear(projector_dim, z_dim)) for z_dim in z_dims])
+        self.encoder_depth = encoder_depth
+        self.projectors = nn.ModuleList(
+            [projector(sizes["hidden_size"], projector_dim, z_dim) for z_dim in z_dims])
         self.projectors.apply(init_linear)
 
     def forward(self, x_t, t, y):
@@ -128,330 +156,217 @@ class REPASiT(SiT):
         z_hats = []
         for depth, block in enumerate(self.blocks, start=1):
             h = block(h, c)
-            if depth == self.encoder_depth:
-                z_hats = [projector(h) for projector in self.projectors]  # token-wise, (B,N,D) -> (B,N,K)
+            if depth == self.encoder_depth:  # token-wise, (B,N,D) -> (B,N,K)
+                z_hats = [projector(h) for projector in self.projectors]
         return self.head(h, c), z_hats
-
-    def velocity(self, x_t, t, y):
-        """Plain SiT, for sampling: no projector is run."""
-        return super().forward(x_t, t, y)
 
 
 def repa_loss(model, x, t, noise, y, zs, path_type="linear"):
-    """The two terms of REPA's loss, each (B,): velocity error, and minus the cosine to every teacher's tokens.
+    """The two terms of the loss, each (B,): velocity error, minus the cosine to the teachers.
 
-    x, noise (B,C,H,W); t (B,); y (B,) with labels already dropped to the null label; zs: one (B,N,K) per teacher, raw
-    features of the clean image. The second term lies in [-1,1] and is NEGATIVE in a healthy run.
+    x, noise (B,C,H,W); t (B,); y (B,) with labels already dropped to the null label; zs: one
+    (B,N,K) per teacher, raw features of the clean image. The second term lies in [-1,1] and is
+    NEGATIVE in a healthy run.
     """
     x_t, v = interpolate(x, noise, t, path_type)
     v_hat, z_hats = model(x_t, t, y)
     loss_velocity = (v_hat - v).square().mean(dim=(1, 2, 3))
-    # The cosine is taken token by token, then averaged: (B,N,K) -> (B,N) -> (B,).
-    cosines = [(F.normalize(z_hat.float(), dim=-1) * F.normalize(z.float(), dim=-1)).sum(dim=-1).mean(dim=1)
-               for z_hat, z in zip(z_hats, zs)]
-    loss_proj = -torch.stack(cosines).mean(dim=0) if cosines else torch.zeros_like(loss_velocity)
+    if not z_hats:
+        return loss_velocity, torch.zeros_like(loss_velocity)
+    cosines = []
+    for z_hat, z in zip(z_hats, zs):
+        z_hat = F.normalize(z_hat.float(), dim=-1)
+        z = F.normalize(z.float(), dim=-1)
+        cosine = (z_hat * z).sum(dim=-1)  # token by token: (B,N,K) -> (B,N)
+        cosines.append(cosine.mean(dim=1))
+    loss_proj = -torch.stack(cosines).mean(dim=0)
     return loss_velocity, loss_proj
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Plumbing: the same in every script (tests/test_copies.py compares; `--sync repa.py` copies this version to the others)
-# ---------------------------------------------------------------------------------------------------------------------
-def parse(argv):
-    """Config from the command line: every field is a flag, its comment the help; the model picks the recipe."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message} (--help lists the flags)")
-    source = inspect.getsource(Config)
-    for field in fields(Config):
-        comment = re.search(rf"^    {field.name}:.*?# *(.*)$", source, re.MULTILINE)[1]
-        options = dict(default=field.default, help=f"{comment} [{field.default}]".replace("%", "%%"))
-        if field.type is bool:
-            options |= dict(action=argparse.BooleanOptionalAction)
-        elif get_origin(field.type) is Literal:
-            options |= dict(choices=get_args(field.type))
-        else:
-            options |= dict(type=int, nargs="+") if field.type == list[int] else dict(type=field.type)
-        parser.add_argument("--" + field.name.replace("_", "-"), **options)
-    model = parser.parse_args(argv).model
-    if model not in MODELS:
-        fail(f"unknown --model {model}; there are {', '.join(MODELS)}")
-    parser.set_defaults(**next((recipe for name, recipe in RECIPES.items() if model.startswith(name)), {}))
-    cfg = Config(**vars(parser.parse_args(argv)))
-    if cfg.sample and cfg.out == Config.out:
-        cfg.out = str(Path(cfg.ckpt).parent)
-    cfg.data = cfg.data.replace("{resolution}", str(cfg.resolution))
-    cfg.out = cfg.out.replace("{model}", model.replace("/", "-"))
-    for names, least, most in RANGES:
-        for name in names.split():
-            if not least <= getattr(cfg, name, least) <= most:
-                fail(f"--{name.replace('_', '-')} {getattr(cfg, name)} must lie between {least:g} and {most:g}")
-    if cfg.bench:
-        cfg.max_train_steps, cfg.log_every = cfg.bench, max(1, cfg.bench // 5)
-    if getattr(cfg, "guidance_low", 0) > getattr(cfg, "guidance_high", 1):
-        fail(f"--guidance-low {cfg.guidance_low} lies above --guidance-high {cfg.guidance_high}: the interval is empty")
-    if cfg.sample and not cfg.ckpt:
-        fail("--sample needs --ckpt FILE, the checkpoint to sample from")
-    return cfg
-
-
-def setup(cfg):
-    """This rank's place, device and precision; torchrun starts a process per GPU, python alone is rank 0 of 1."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    micro_batch = cfg.micro_batch or max(1, cfg.batch_size // world)
-    if not cfg.sample and cfg.batch_size % (world * micro_batch):
-        fail(f"--batch-size {cfg.batch_size} is no multiple of {world} ranks x --micro-batch {micro_batch}")
-    kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group(process_group_backend(device))
-    cfg.compile = kind == "cuda" if cfg.compile is None else cfg.compile
-    cfg.precision = ("bf16" if kind == "cuda" else "fp32") if cfg.precision == "auto" else cfg.precision
-    autocast = functools.partial(torch.autocast, kind, torch.bfloat16, enabled=cfg.precision == "bf16")
-    return SimpleNamespace(rank=rank, world=world, device=device, micro_batch=micro_batch,
-                           accumulation=cfg.batch_size // (world * micro_batch), autocast=autocast)
-
-
-def compile_blocks(model, cfg):
-    """Compile every block in place: one graph serves them all, and the names of the parameters stay."""
-    if cfg.compile:
-        import torch._dynamo
-        torch._dynamo.config.optimize_ddp = False  # else every gradient bucket cuts the graph
-        for block in model.blocks:
-            block.compile()
-    return model
-
-
+# --------------------------------------------------------------------------------------------------
+# The step: the same in every script (tests/test_copies.py compares them)
+# --------------------------------------------------------------------------------------------------
 def parallelise(model, cfg, run):
-    """The model as the training step calls it: blocks compiled, gradients averaged over the ranks."""
+    """The model as the training step calls it: blocks compiled, gradients averaged over ranks."""
     compile_blocks(model, cfg)
     if run.world == 1:
         return model
-    # Buffers are constants or kept per rank: without the last flag, DDP would send them around at every forward pass.
-    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    # Buffers are constants or kept per rank: by default DDP sends them at every forward pass.
+    return nn.parallel.DistributedDataParallel(
+        model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def optimizer_step(optimizer, parameters, max_grad_norm):
-    """Clip, update, clear; returns (norm, is it finite). If not, the update is skipped: on the device, on all ranks."""
+    """Clip, update, clear; returns the gradient's norm and whether it is finite.
+
+    If it is not, the update is skipped: on the device, and on all ranks alike.
+    """
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    finite = grad_norm.isfinite()
-    optimizer.found_inf = (~finite).float()  # fused AdamW's own switch, made for loss scalers
+    is_finite = grad_norm.isfinite()
+    optimizer.found_inf = (~is_finite).float()  # fused AdamW's switch, made for loss scalers
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return grad_norm, finite
+    return grad_norm, is_finite
 
 
 @torch.no_grad()
 def update_ema(ema, model, decay):
     """ema <- decay ema + (1 - decay) model, over the trained parameters."""
-    pairs = [(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
-    torch._foreach_lerp_([e for e, _ in pairs], [p for _, p in pairs], 1 - decay)
+    averages = []
+    weights = []
+    for average, weight in zip(ema.parameters(), model.parameters()):
+        if weight.requires_grad:
+            averages.append(average)
+            weights.append(weight)
+    torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
-def restore(cfg, meta, model, ema, optimizer):
-    """Continue the run that cfg.out holds, or begin (from --init); returns the number of steps already done."""
-    path = Path(cfg.out) / "last.pt"
-    if cfg.bench or not path.exists():
-        if cfg.init:
-            say(f"started from {cfg.init}; left fresh: {', '.join(init_from(cfg.init, model)) or 'nothing'}")
-            ema.load_state_dict(model.state_dict())
-        return 0
-    checkpoint = load_checkpoint(path)
-    if "optimizer" not in checkpoint:
-        fail(f"{path} is no checkpoint of a run: choose another --out")
-
-    def identity(config, meta):
-        settings = {name: value for name, value in config.items() if name not in BOOKKEEPING}
-        return settings | dict(data=f"{meta['source']}, {meta['count']} images, {meta['num_classes']} classes")
-    old, new = identity(checkpoint["config"], checkpoint["data"]), identity(asdict(cfg), meta)
-    if changed := [f"{name} {old.get(name)!r}, now {new.get(name)!r}" for name in old | new
-                   if old.get(name) != new.get(name)]:
-        fail(f"{cfg.out} holds another run ({'; '.join(changed)}): choose another --out")
-    model.load_state_dict(checkpoint["model"])
-    ema.load_state_dict(checkpoint["ema"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return checkpoint["step"]
-
-
-def save_run(cfg, name, step, meta, **parts):
-    """Write a checkpoint of these parts (model, ema, optimizer) into cfg.out; nothing random is in it."""
-    state = {part: value.state_dict() if hasattr(value, "state_dict") else value for part, value in parts.items()}
-    save_checkpoint(Path(cfg.out) / name, state | dict(step=step, config=asdict(cfg), data=meta))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training and sampling
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
 def build(cfg, data, run):
-    """The frozen teachers (none without a projection loss) and the student, on this rank's device."""
-    names = cfg.enc_type.split(",") if cfg.proj_coeff else []
-    files = cfg.teacher_ckpt.split(",") if cfg.teacher_ckpt else [""] * len(names)
-    if names and len(files) != len(names):
-        fail(f"--teacher-ckpt names {len(files)} files, --enc-type {len(names)} teachers: one file each, with commas")
-    files = [f"{cfg.data}/teacher.pt" if name == "prepared" and not file else file for name, file in zip(names, files)]
-    teachers = [load_teacher(name, cfg.resolution, file, not cfg.bench).to(run.device)
-                for name, file in zip(names, files)]
+    """The frozen teachers (none without a projection loss) and the student, on the device."""
+    teachers = []
+    if cfg.proj_coeff > 0:
+        check_depth(cfg)
+        teachers = load_teachers(cfg, run)
     torch.manual_seed(cfg.seed)  # the student begins alike with any teacher, or none
-    sizes = SIT_SIZES[cfg.model]
-    if names and not 1 <= cfg.encoder_depth <= sizes["depth"]:
-        fail(f"--encoder-depth {cfg.encoder_depth} is not among the {sizes['depth']} blocks of {cfg.model}")
-    model = REPASiT(data.shape[-1], data.shape[0], data.meta["num_classes"], sizes,
-                    cfg.encoder_depth, [teacher.width for teacher in teachers], cfg.projector_dim)
-    for name, teacher in zip(names, teachers):
-        if teacher.grid != model.grid:
-            fail(f"teacher {name} gives {teacher.grid}x{teacher.grid} tokens, {cfg.model} at {cfg.resolution} px has "
-                 f"{model.grid}x{model.grid}: choose another --enc-type or --model, or train a teacher for it: python "
-                 f"prepare.py teacher --data {cfg.data} --patch-size {cfg.resolution // model.grid}")
-        if cfg.compile:
+    channels, size, _ = data.shape
+    model = REPASiT(
+        size, channels, data.meta["num_classes"], SIT_SIZES[cfg.model], cfg.encoder_depth,
+        [teacher.width for teacher in teachers], cfg.projector_dim)
+    check_grids(cfg, teachers, model.grid)
+    if cfg.compile:
+        for teacher in teachers:
             teacher.compile()
     return teachers, model.to(run.device)
 
 
 def train(cfg, run):
     """Begin or continue the run in cfg.out."""
-    if cfg.bench:
-        data = SyntheticData(cfg.resolution, cfg.model != "toy", need_images=cfg.proj_coeff > 0)
-    else:
-        data = PreparedData(cfg.data, cfg.resolution, need_images=cfg.proj_coeff > 0)
+    data = open_data(cfg, need_images=cfg.proj_coeff > 0)
     teachers, model = build(cfg, data, run)
-    # Loaded before the first step, so that a missing VAE shows now and not at the first preview.
-    decode = load_decoder(data.meta, cfg.vae, cfg.vae_ckpt, run.device) if cfg.preview_every and not cfg.bench else None
+    decode = None
+    if cfg.preview_every and not cfg.bench:  # a missing VAE shows now, not at the first preview
+        decode = load_decoder(data.meta, cfg.vae, cfg.vae_ckpt, run.device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, betas=(0.9, 0.999), weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=cfg.learning_rate, betas=(0.9, 0.999), weight_decay=0, fused=True)
     first_step = restore(cfg, data.meta, model, ema, optimizer)
     if first_step >= cfg.max_train_steps:
-        return say(f"{cfg.out} is finished: {first_step} steps; --max-train-steps trains on, --out begins another run")
-    flops_per_image = describe(cfg, run, data, model)
-    log, stop = Log(cfg, run, first_step, flops_per_image), catch_stop(run)
+        say(f"{cfg.out} is finished: {first_step} steps; --max-train-steps trains on, --out begins "
+            f"another run")
+        return
+    flops_per_image = training_flops(model, *example_inputs(data, run))
+    announce(cfg, run, data, model, flops_per_image)
+    log = Log(cfg, run, first_step, flops_per_image)
+    stop = catch_stop(run)
     net = parallelise(model, cfg, run)
     loader = micro_batches(data, cfg.seed, cfg.batch_size, run, first_step, cfg.workers)
 
     for step in range(first_step + 1, cfg.max_train_steps + 1):
-        # Every draw of the step is made for the global batch; this rank holds its part, in micro-batches.
+        # Every draw of the step is made for the global batch; this rank holds its part of it.
         normal, uniform = step_draws(cfg.seed, step, cfg.batch_size, run)
-        posterior, noise = normal(*data.shape), normal(*data.shape)
-        t = uniform() if cfg.weighting == "uniform" else lognormal_time(normal(), cfg.path_type)
-        drop = uniform() < cfg.cfg_prob
-        terms = torch.zeros(3, device=run.device)
+        posterior_noise = normal(*data.shape)
+        noise = normal(*data.shape)
+        if cfg.weighting == "uniform":
+            t = uniform()
+        else:
+            t = lognormal_time(normal(), cfg.path_type)
+        is_dropped = uniform() < cfg.cfg_prob
+
+        sums = torch.zeros(3, device=run.device)
         for i in range(run.accumulation):
-            batch, rows = next(loader), slice(i * run.micro_batch, (i + 1) * run.micro_batch)
+            batch = next(loader)
+            rows = slice(i * run.micro_batch, (i + 1) * run.micro_batch)
             is_last = i + 1 == run.accumulation
-            with nullcontext() if is_last or run.world == 1 else net.no_sync():  # gradients are reduced once a step
+            # Gradients are reduced once a step: with the last micro-batch.
+            reduction = nullcontext() if is_last or run.world == 1 else net.no_sync()
+            with reduction:
                 with run.autocast():
                     zs = [teacher(batch["images"])[1] for teacher in teachers]
-                    x = clean_input(batch, data.meta, posterior[rows])
-                    y = batch["labels"].masked_fill(drop[rows], data.meta["num_classes"])
+                    x = clean_input(batch, data.meta, posterior_noise[rows])
+                    y = batch["labels"].masked_fill(is_dropped[rows], model.num_classes)
                     velocity, proj = repa_loss(net, x, t[rows], noise[rows], y, zs, cfg.path_type)
                     loss = (velocity + cfg.proj_coeff * proj).mean()
                 (loss / run.accumulation).backward()
-            terms += torch.stack([loss, velocity.mean(), proj.mean()]).detach() / run.accumulation
-        grad_norm, finite = optimizer_step(optimizer, parameters, cfg.max_grad_norm)
-        update_ema(ema, model, cfg.ema_decay)
-        log.add(finite, loss=terms[0], loss_velocity=terms[1], loss_proj=terms[2], grad_norm=grad_norm)
+            terms = torch.stack([loss, velocity.mean(), proj.mean()])
+            sums += terms.detach() / run.accumulation
 
-        last, stopping = step == cfg.max_train_steps, stop(step)
-        if step % cfg.log_every == 0 or last:
+        grad_norm, is_finite = optimizer_step(optimizer, parameters, cfg.max_grad_norm)
+        update_ema(ema, model, cfg.ema_decay)
+        loss, velocity, proj = sums
+        log.add(is_finite, loss=loss, loss_velocity=velocity, loss_proj=proj, grad_norm=grad_norm)
+
+        is_last_step = step == cfg.max_train_steps
+        stopping = stop(step)
+        if step % cfg.log_every == 0 or is_last_step:
             log.write(step)
         if run.rank == 0 and not cfg.bench:
             with log.pause():
-                if step % cfg.save_every == 0 or last or stopping:
-                    save_run(cfg, "last.pt", step, data.meta, ema=ema, model=model, optimizer=optimizer)
+                if step % cfg.save_every == 0 or is_last_step or stopping:
+                    save_run(cfg, "last.pt", step, data.meta,
+                             model=model, ema=ema, optimizer=optimizer)
                 if cfg.keep_every and step % cfg.keep_every == 0:
                     save_run(cfg, f"ema-{step}.pt", step, data.meta, ema=ema)
-                if cfg.preview_every and (step % cfg.preview_every == 0 or last):
-                    preview(cfg, run, ema, data.shape, decode, step)
+                if cfg.preview_every and (step % cfg.preview_every == 0 or is_last_step):
+                    preview(cfg, run, ema, draw, decode, step)
         if stopping:
             break
     loader.close()
     end_run(cfg, run, log, step, stopping)
 
 
-def describe(cfg, run, data, model):
-    """Say what is about to run, and write config.json; returns the model FLOPs of training on one image."""
-    label = torch.zeros(1, dtype=torch.long, device=run.device)
-    with flop_counter() as counter, torch.no_grad():
-        model(torch.zeros(1, *data.shape, device=run.device), label.float(), label)
-    flops = 3 * counter.get_total_flops()  # the backward pass costs two forward passes
-    count, images = sum(p.numel() for p in model.parameters()), cfg.max_train_steps * cfg.batch_size
-    say(f"{cfg.model}: {count / 1e6:,.2f} M parameters, a checkpoint of {16e-9 * count:,.2f} GB, {flops / 1e9:,.2f} "
-        f"GFLOP per training image, {cfg.precision}{', compiled' if cfg.compile else ''}")
-    say(f"{cfg.data}: {len(data):,} images of {cfg.resolution} px, {data.meta['num_classes']} classes; "
-        f"{cfg.max_train_steps:,} steps, {len(data) / cfg.batch_size:,.1f} an epoch: {images / len(data):,.1f} epochs")
-    say(f"{cfg.batch_size} images a step = {run.world} x {run.device.type} x {run.accumulation} micro-batches of "
-        f"{run.micro_batch}; results in {cfg.out}")
-    if run.rank == 0 and not cfg.bench:
-        make_folder(cfg.out)
-        (Path(cfg.out) / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
-    return flops
-
-
-def preview(cfg, run, ema, shape, decode, step):
-    """Picture of the first eight classes, a row each, by the EMA weights; the same noise at every step."""
-    y = torch.arange(min(8, ema.num_classes), device=run.device).repeat_interleave(8)
-    randn = image_randn(cfg.seed, range(len(y)), run.device)
+# --------------------------------------------------------------------------------------------------
+# Sampling
+# --------------------------------------------------------------------------------------------------
+def draw(cfg, run, model, y, randn):
+    """Latents x (B,C,H,W) of labels y (B,) by the paper's sampler, from plain SiT."""
+    noise = randn(model.in_channels, model.input_size, model.input_size)
+    y_null = torch.full_like(y, model.num_classes)
     with run.autocast():
-        x = sample(ema.velocity, randn(*shape), y, torch.full_like(y, ema.num_classes), num_steps=20,
-                   path_type=cfg.path_type, cfg_scale=cfg.cfg_scale, guidance_low=cfg.guidance_low,
-                   guidance_high=cfg.guidance_high)
-    save_picture(Path(cfg.out) / f"preview-{step}.png", decode(x))
+        return sample(
+            model.velocity, noise, y, y_null, randn=randn,
+            mode=cfg.mode, num_steps=cfg.num_steps, heun=cfg.heun, path_type=cfg.path_type,
+            cfg_scale=cfg.cfg_scale, guidance_low=cfg.guidance_low,
+            guidance_high=cfg.guidance_high)
 
 
 def generate(cfg, run):
-    """Sample cfg.sample images from the EMA weights in cfg.ckpt; returns the path of the .npz file."""
-    weights, checkpoint = load_weights(cfg.ckpt)
-    for name in ("model", "path_type"):
-        if (trained := checkpoint.get("config", {}).get(name, getattr(cfg, name))) != getattr(cfg, name):
-            fail(f"{cfg.ckpt} was trained as {trained}: add --{name.replace('_', '-')} {trained}")
-    model = sit_from_weights({name: w for name, w in weights.items() if not name.startswith("projectors.")}, cfg.model)
+    """Sample cfg.sample images from the EMA weights in cfg.ckpt; returns the .npz file's path."""
+    weights, checkpoint = load_weights(cfg.ckpt, cfg)
+    model = sit_from_weights(weights, cfg.model)  # plain SiT
     model = compile_blocks(model.to(run.device).eval(), cfg)
-    null, shape = model.num_classes, (model.in_channels, model.input_size, model.input_size)
-    decode = load_decoder(checkpoint.get("data", SD_VAE_META), cfg.vae, cfg.vae_ckpt, run.device)
+    meta = checkpoint.get("data", SD_VAE_META)
+    decode = load_decoder(meta, cfg.vae, cfg.vae_ckpt, run.device)
 
-    def generate_batch(y, randn):
-        with run.autocast():
-            x = sample(model, randn(*shape), y, torch.full_like(y, null), mode=cfg.mode, num_steps=cfg.num_steps,
-                       heun=cfg.heun, path_type=cfg.path_type, cfg_scale=cfg.cfg_scale,
-                       guidance_low=cfg.guidance_low, guidance_high=cfg.guidance_high, randn=randn)
-        return {"arr_0": decode(x)}
+    def images(y, randn):
+        return {"arr_0": decode(draw(cfg, run, model, y, randn))}
 
-    if cfg.labels and not all(0 <= label < null for label in cfg.labels):
-        fail(f"--labels must lie in 0..{null - 1}: {cfg.ckpt} has {null} classes")
-    labels = torch.randint(null, (cfg.sample,), generator=torch.Generator().manual_seed(mix_seed(cfg.seed, 0)))
-    if cfg.labels:
-        labels = torch.tensor(cfg.labels).repeat(-(-cfg.sample // len(cfg.labels)))[:cfg.sample]
-    path = Path(cfg.out) / ("samples.npz" if cfg.cfg_scale == 1 else f"samples-cfg{cfg.cfg_scale:g}.npz")
-    sample_npz(path, generate_batch, labels, cfg.seed, run.micro_batch, run)
-    say(f"wrote {path}: {cfg.sample} images, {cfg.mode} {cfg.num_steps} steps, guidance {cfg.cfg_scale:g}")
-    return path
+    return generate_npz(cfg, run, images, model.num_classes)
 
 
 def report_toy(cfg, run):
-    """Sample 480 images without and with guidance and have them judged beside real images."""
-    last = f"{cfg.out}/last.pt"
-    paths = [generate(replace(cfg, sample=480, ckpt=last, cfg_scale=scale), run) for scale in (1.0, 2.0)]
+    """Sample 480 images without and with guidance; have them judged beside real images."""
+    cfg = replace(cfg, sample=480, ckpt=f"{cfg.out}/last.pt")
+    plain = generate(replace(cfg, cfg_scale=1.0), run)
+    guided = generate(replace(cfg, cfg_scale=2.0), run)
     if run.rank == 0:
-        run_tool("evaluate.py", *map(str, paths), cfg.data)
-        line = json.loads((Path(cfg.out) / "log.jsonl").read_text().splitlines()[-1])
-        print(f"velocity loss {line['loss_velocity']:.4f}"
-              + f", alignment cosine {-line['loss_proj']:.3f}" * (cfg.proj_coeff > 0) + f" at step {line['step']}"
-              + f"; look at {cfg.out}/preview-{line['step']}.png, a row per class" * (cfg.preview_every > 0))
+        run_tool("evaluate.py", plain, guided, cfg.data)
+        print(summary(cfg))
 
 
 def main(argv=None):
     """Train or sample, as the command line says; the toy does both and has the result judged."""
-    cfg = parse(argv)
+    cfg = parse(argv, Config, SIT_SIZES, RECIPES, description=__doc__)
     run = setup(cfg)
     with clear_errors(run):
         if cfg.sample:
             return generate(cfg, run)
         is_toy = cfg.model == "toy" and cfg.data == "data/toy" and not cfg.bench
-        with first_rank_first():
-            if is_toy and not Path(cfg.data, "meta.json").exists():
-                run_tool("prepare.py", "toy", "--out", cfg.data)
+        if is_toy:
+            make_data("toy", cfg.data)
         train(cfg, run)
         if is_toy:
             report_toy(cfg, run)

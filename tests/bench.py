@@ -27,6 +27,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import common  # noqa: E402
+from support import runs, teachers  # noqa: E402
+from support.dataset import image_randn  # noqa: E402
 
 IS_CUDA = torch.cuda.is_available()
 
@@ -108,16 +110,15 @@ def machine(*files):
 
 def bench_training(name, flags):
     """The script's --bench run by parts: a table, and the figures that follow from it."""
-    script, watch, counted = importlib.import_module(name), Stopwatch(), {}
-    cfg = script.parse(flags)
+    script, watch, counted, noted = importlib.import_module(name), Stopwatch(), {}, {}
     loss = f"{name}_loss"
-    teacher_forward, describe, update_ema = common.Teacher.forward, script.describe, script.update_ema
-    micro_batches = script.micro_batches
+    teacher_forward, update_ema, setup = teachers.Teacher.forward, script.update_ema, script.setup
+    training_flops, micro_batches = script.training_flops, script.micro_batches
 
     def counting(teacher, images):  # the FLOPs of the first call; then only the time
         if "teacher" in counted:
             return watch.wrap("teacher", teacher_forward)(teacher, images)
-        with common.flop_counter() as counter:
+        with runs.flop_counter() as counter:
             result = teacher_forward(teacher, images)
         counted["teacher"] = counter.get_total_flops() / len(images)
         return result
@@ -126,22 +127,27 @@ def bench_training(name, flags):
         watch.wrap("optimizer, EMA", update_ema)(*args)
         watch.end_step()
 
-    def described(*args):
-        counted["student"] = describe(*args)
+    def counted_flops(*args):
+        counted["student"] = training_flops(*args)
         return counted["student"]
-    patches = dict(micro_batches=lambda *args: watch.iterate("data", micro_batches(*args)), describe=described,
+
+    def noted_setup(cfg, *args):
+        noted["cfg"] = cfg
+        return setup(cfg, *args)
+    patches = dict(micro_batches=lambda *args: watch.iterate("data", micro_batches(*args)),
+                   training_flops=counted_flops, setup=noted_setup,
                    optimizer_step=watch.wrap("optimizer, EMA", script.optimizer_step), update_ema=last_of_step)
     if hasattr(script, loss):
         patches[loss] = watch.wrap("forward, loss", getattr(script, loss))
-    with mock.patch.multiple(script, **patches), mock.patch.object(common.Teacher, "forward", counting), \
+    with mock.patch.multiple(script, **patches), mock.patch.object(teachers.Teacher, "forward", counting), \
             mock.patch.object(torch.Tensor, "backward", watch.wrap("backward", torch.Tensor.backward)):
         script.main(flags)
     rows = watch.table(max(1, len(watch.steps) // 3))
-    step = print_table(rows)
+    step, cfg = print_table(rows), noted["cfg"]
     rate = cfg.batch_size / step
     bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and IS_CUDA
     matrix = matrix_rate(torch.bfloat16 if bf16 else torch.float32, 8192 if IS_CUDA else 2048)
-    peak = next((p for gpu, p in common.PEAK_FLOPS.items() if IS_CUDA and gpu in torch.cuda.get_device_name()), None)
+    peak = next((p for gpu, p in runs.PEAK_FLOPS.items() if IS_CUDA and gpu in torch.cuda.get_device_name()), None)
     student, all_flops = counted["student"], sum(counted.values())
     print(f"{rate:.4g} images/s; {student / 1e9:.4g} GFLOP an image, with the teacher {all_flops / 1e9:.4g}; "
           + (f"MFU {student * rate / peak:.1%}; " if peak else "")
@@ -151,14 +157,14 @@ def bench_training(name, flags):
 def bench_sampling(flags):
     """A few batches through the sampler: seconds a batch and images/s."""
     import repa
-    cfg = repa.parse(["--sample", "1", "--ckpt", "-", *flags])
-    run = repa.setup(cfg)
+    cfg = repa.parse(["--sample", "1", "--ckpt", "-", *flags], repa.Config, common.SIT_SIZES, repa.RECIPES)
+    run = runs.setup(cfg)
     sizes, is_toy = common.SIT_SIZES[cfg.model], cfg.model == "toy"
     channels, size = (3, cfg.resolution) if is_toy else (4, cfg.resolution // 8)
-    model = repa.compile_blocks(common.SiT(size, channels, 1000, **sizes).to(run.device).eval(), cfg)
+    model = runs.compile_blocks(common.SiT(size, channels, 1000, **sizes).to(run.device).eval(), cfg)
     y, watch = torch.arange(cfg.batch_size, device=run.device) % 1000, Stopwatch()
     for _ in range(4):
-        randn = common.image_randn(0, range(len(y)), run.device)
+        randn = image_randn(0, range(len(y)), run.device)
         with run.autocast():
             watch.wrap("sampling", common.sample)(
                 model, randn(channels, size, size), y, torch.full_like(y, 1000), mode=cfg.mode, heun=cfg.heun,

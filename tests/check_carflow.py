@@ -19,8 +19,9 @@ from torchvision.utils import save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import carflow  # noqa: E402
-from common import PreparedData  # noqa: E402
 from compare_alignment import compare, judged_run  # noqa: E402
+from support.dataset import PreparedData, images_to_input  # noqa: E402
+from support.flags import parse  # noqa: E402
 
 ARMS = [*carflow.SHIFTS, "constant"]
 true_shifts = carflow.CARFlow.shifts
@@ -36,7 +37,8 @@ def run_arm(arm, seed, out, samples, flags):
     """One arm's curve; its points also have what carflow.diagnose says of the EMA model at that step."""
     carflow.CARFlow.shifts = constant_shifts if arm == "constant" else true_shifts
     flags = [*flags, "--seed", str(seed), "--shift", "joint" if arm == "constant" else arm]
-    curve, cfg = judged_run(carflow, flags, out, samples), carflow.parse(flags)
+    curve = judged_run(carflow, flags, out, samples)
+    cfg = parse(flags, carflow.Config, carflow.MODELS, carflow.RECIPES, carflow.RANGES)
     run, data = carflow.setup(cfg), PreparedData(f"{cfg.data}/val", cfg.resolution)
     for point in curve:
         model = carflow.load_carflow(cfg, out / f"ema-{point['step']}.pt")[0].to(run.device).eval()
@@ -51,7 +53,7 @@ def draw(model, data, out):
     """Rows: the class means, mu0 - mu1 below them, then mu0 and mu1; a column per class."""
     labels = torch.arange(model.sit.num_classes)
     mu0, mu1 = (mu.cpu() for mu in model.shifts(labels.to(model.sit.pos_embed.device)))
-    images = torch.from_numpy(data.array("images")[:]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    images = images_to_input(torch.from_numpy(data.array("images")[:]))
     y = torch.from_numpy(data.array("labels")[:])
     means = torch.stack([images[y == label].mean(dim=0) for label in labels])
     if means.shape == mu0.shape:  # not for latents

@@ -24,7 +24,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import erw  # noqa: E402
 import evaluate  # noqa: E402
-from common import PreparedData, clean_input, image_randn, init_from, interpolate  # noqa: E402
+from common import interpolate  # noqa: E402
+from support.checkpoints import init_from  # noqa: E402
+from support.dataset import PreparedData, clean_input, image_randn  # noqa: E402
 
 ARMS = {"plain": ["--warmup-steps", "0", "--proj-coeff", "0"],
         "repa": ["--warmup-steps", "0", "--proj-decay-half-life", "inf"],
@@ -40,14 +42,15 @@ def held_out_error(model, data, device, count=2000):
     for rows, t in zip(images.split(100), times.split(100)):
         batch, t = {name: tensor.to(device) for name, tensor in data[rows.numpy()].items()}, t.to(device)
         noise = image_randn(1, rows.tolist(), device)(*data.shape)
-        x_t, v = interpolate(clean_input(batch, data.meta, 0.0), noise, t)
+        x = clean_input(batch, data.meta, torch.zeros_like(noise))  # the mean of the posterior
+        x_t, v = interpolate(x, noise, t)
         errors.append((model.velocity(x_t, t, batch["labels"]) - v).square().mean(dim=(1, 2, 3)))
     return torch.cat(errors).mean().item()
 
 
 def run_arm(flags, out, full_steps, every, samples):
     """Train one arm: held-out errors by full steps, CKNNA, and the judge's view of samples."""
-    cfg = erw.parse([*flags, "--out", str(out), "--keep-every", str(every), "--preview-every", "0"])
+    cfg = erw.parse_config([*flags, "--out", str(out), "--keep-every", str(every), "--preview-every", "0"])
     run = erw.setup(cfg)
     erw.train(cfg, run)
     held_out, errors = PreparedData(f"{cfg.data}/val", cfg.resolution), {}
@@ -75,7 +78,7 @@ def step_costs(folder, flags, rounds=12):
         rates = {}
         for kind, kind_flags in kinds.items():
             out = folder / f"time-{kind}-{i}"
-            cfg = erw.parse(["--log-every", "10", "--preview-every", "0", "--max-train-steps", "20", *kind_flags,
+            cfg = erw.parse_config(["--log-every", "10", "--preview-every", "0", "--max-train-steps", "20", *kind_flags,
                              *flags, "--out", str(out)])
             erw.train(cfg, erw.setup(cfg))
             rates[kind] = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["images_per_s"]

@@ -30,7 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
 import gmem  # noqa: E402
 import repa  # noqa: E402
-from common import PreparedData, interpolate  # noqa: E402
+from common import SIT_SIZES, interpolate  # noqa: E402
+from support import flags as command_line  # noqa: E402
+from support.dataset import PreparedData, images_to_input  # noqa: E402
 
 ARMS = {"none": (gmem, ["--proj-coeff", "0", "--mem-null-prob", "1"]),
         "class": (repa, ["--proj-coeff", "0", "--cfg-prob", "0"]),
@@ -39,6 +41,12 @@ ARMS = {"none": (gmem, ["--proj-coeff", "0", "--mem-null-prob", "1"]),
         "repa": (gmem, [])}
 RUN = ["--max-train-steps", "500", "--batch-size", "96", "--preview-every", "0"]
 TIMES, RANKS, IMAGES = (0.2, 0.5, 0.8, 0.95), (4, 16), 1000
+
+
+def parse(script, argv):
+    """The configuration of a script's command line."""
+    ranges = getattr(script, "RANGES", None)
+    return command_line.parse(argv, script.Config, SIT_SIZES, script.RECIPES, ranges)
 
 
 def pixels(images):
@@ -58,14 +66,14 @@ def velocity_errors(script, cfg):
         raw = torch.cat([teacher(images)[0] for images in batch["images"].split(250)])
         own = F.normalize(raw, dim=-1)
         conditions = dict(own=own, another=own.roll(1, 0), none=torch.zeros_like(own))
-        full = gmem.open_bank(cfg, run, model.memory_dim, teacher.identity, teacher)
+        full = gmem.open_bank(cfg, run, model.memory_dim, gmem.identify_teacher(teacher), teacher)
         for rank in RANKS:
-            bank = full.compress(rank)
-            bank.parts["C"] = bank.rows = bank.coefficients(raw)
+            factors = full.compress(rank).parts
+            bank = gmem.MemoryBank(factors | dict(C=gmem.coefficients(raw, factors)))
             conditions[f"rank {rank}"] = F.normalize(bank.get(torch.arange(IMAGES)), dim=-1)
     else:
         conditions = dict(own=batch["labels"], another=batch["labels"].roll(1, 0))
-    x = batch["images"].permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = images_to_input(batch["images"])
     noise, errors = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), {}
     for name, condition in conditions.items():
         errors[name] = []
@@ -128,7 +136,7 @@ def main():
             out = Path(f"runs/check-gmem-{args.name}/{arm}-{seed}")
             if not (out / "check.json").exists():
                 script, own_flags = ARMS[arm]
-                cfg = script.parse([*RUN, *own_flags, *flags, "--seed", str(seed), "--out", str(out)])
+                cfg = parse(script, [*RUN, *own_flags, *flags, "--seed", str(seed), "--out", str(out)])
                 script.train(cfg, script.setup(cfg))
                 result = dict(errors=velocity_errors(script, cfg), samples={})
                 if arm in ("class", "gmem", "repa"):

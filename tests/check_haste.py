@@ -19,8 +19,10 @@ from timm.models.vision_transformer import VisionTransformer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import haste  # noqa: E402
 import repa  # noqa: E402
-from common import Teacher  # noqa: E402
+from common import SIT_SIZES  # noqa: E402
 from compare_alignment import compare, judged_run  # noqa: E402
+from support.flags import parse  # noqa: E402
+from support.teachers import Teacher  # noqa: E402
 
 ARMS = {"none": (repa, ["--proj-coeff", "0"]), "repa": (repa, []), "haste": (haste, []),
         "endless": (haste, ["--early-stop-point", "1000000"]), "shuffled": (haste, [])}
@@ -39,7 +41,7 @@ def run_arm(arm, seed, out, samples, flags):
     haste.haste_loss = shuffled_loss if arm == "shuffled" else true_loss
     curve = judged_run(script, [*flags, *more, "--seed", str(seed)], out, samples)
     haste.haste_loss = true_loss
-    cfg = haste.parse([*flags, "--seed", str(seed)])
+    cfg = parse([*flags, "--seed", str(seed)], haste.Config, SIT_SIZES, haste.RECIPES, haste.RANGES)
     run = haste.setup(cfg)
     paths = [out / f"ema-{point['step']}.pt" for point in curve]
     figures = " ".join(f"{haste.attention_kl(cfg, run, path):.4f}" for path in paths)
@@ -60,7 +62,7 @@ def distillation(attn_coeff, proj_coeff, steps=500, stop=400, batch=64):
     vit = VisionTransformer(img_size=8, patch_size=2, in_chans=4, embed_dim=48, depth=6, num_heads=3, num_classes=0)
     for block in vit.blocks:
         torch.nn.init.normal_(block.attn.qkv.weight, std=0.25)
-    teacher = Teacher(vit, [0.0] * 3, [1.0] * 3, 8)
+    teacher = Teacher(vit, [0.0] * 3, [1.0] * 3, 8, "random")
     teacher.preprocess = lambda images: images
     teacher = haste.AttentionTeacher(teacher, [4, 5], 3)
     sizes = dict(hidden_size=48, depth=6, num_heads=4, patch_size=2)

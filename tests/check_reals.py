@@ -35,8 +35,9 @@ def shuffled_loss(model, x, noise, z_cls, z_patches, *more):
 def train_autoencoder(data, weight, seed, out, more=(), measured=False):
     """Train reals.py on `data` where it has not yet; returns its last figures."""
     resolution = prepare.read_meta(Path(data))["resolution"]
-    cfg = reals.parse(["--model", "toy" if resolution == 16 else "f4d4", "--data", data, "--align-coeff", str(weight),
-                       "--seed", str(seed), "--out", str(out), *more])
+    flags = ["--model", "toy" if resolution == 16 else "f4d4", "--data", data, "--align-coeff", str(weight),
+             "--seed", str(seed), "--out", str(out), *more]
+    cfg = reals.parse(flags, reals.Config, reals.MODELS, reals.RECIPES, reals.RANGES)
     if measured:
         cfg.max_grad_norm = 1e6  # the norm of the cut-off MLPs' gradient must not act on the autoencoder
         if weight == 0:

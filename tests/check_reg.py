@@ -19,8 +19,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import reg  # noqa: E402
 import repa  # noqa: E402
-from common import sample  # noqa: E402
+from common import SIT_SIZES, sample  # noqa: E402
 from compare_alignment import compare, judged_run  # noqa: E402
+from support.flags import parse  # noqa: E402
 
 ARMS = {"none": (repa, 0.0), "repa": (repa, 0.5), "token": (reg, 0.0), "reg": (reg, 0.5), "shuffled": (reg, 0.5)}
 true_loss = reg.reg_loss
@@ -38,7 +39,7 @@ def run_arm(arm, seed, out, samples, flags):
     flags = [*flags, "--seed", str(seed), "--proj-coeff", str(proj_coeff)]
     curve = judged_run(script, flags, out, samples)
     if script is reg:
-        cfg = reg.parse(flags)
+        cfg = parse(flags, reg.Config, SIT_SIZES, reg.RECIPES, reg.RANGES)
         figures = reg.compare_class_tokens(cfg, reg.setup(cfg), out / "samples.npz")[1]
         (out / "class-tokens.txt").write_text(figures + "\n")
         print(f"{arm}, seed {seed}: {figures}")

@@ -22,6 +22,7 @@ import torch.nn as nn  # noqa: E402
 import repavit  # noqa: E402
 from common import SIT_SIZES, SiT, sample  # noqa: E402
 from repavit import MODELS, IdleFFN, IdleSiTBlock, RePaViT, fold, images_per_second, multiply_adds  # noqa: E402
+from support.flags import parse  # noqa: E402
 
 
 def compare(label, forms, inputs, seconds):
@@ -59,7 +60,8 @@ def ffn(cfg):
 
 @torch.no_grad()
 def cifar(cfg):
-    settings = repavit.parse(["--model", "RePaViT_Small", "--data", cfg.data, "--augment", "flip"])
+    settings = parse(["--model", "RePaViT_Small", "--data", cfg.data, "--augment", "flip"],
+                     repavit.Config, MODELS, repavit.RECIPES, repavit.RANGES)
     train, val = (repavit.Images(settings, part) for part in ("train", "val"))
     calibration = torch.stack([train[i, i][0] for i in torch.randperm(len(train))[:32].tolist()])
     images = torch.stack([val[i, 0][0] for i in torch.randperm(len(val))[:4].tolist()])

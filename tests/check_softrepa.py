@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-import prepare  # noqa: E402
 import softrepa  # noqa: E402
-from common import CaptionedData  # noqa: E402
+from support.dataset import CaptionedData  # noqa: E402
+from support.pairs import prepare_pairs  # noqa: E402
 
 ARMS = "soft", "fm", "raw"
 true_loss = softrepa.contrastive_loss
@@ -32,6 +32,10 @@ true_loss = softrepa.contrastive_loss
 def raw_loss(errors, own, dweight=0.0):
     """InfoNCE of the errors themselves, without the exponential inside the logit."""
     return F.cross_entropy(-errors / softrepa.TEMPERATURE, own, reduction="none")
+
+
+def parse(flags):
+    return softrepa.parse(flags, softrepa.Config, softrepa.MODELS, softrepa.RECIPES, softrepa.RANGES)
 
 
 def pairs_of(cfg, run, path):
@@ -59,8 +63,8 @@ def run_arm(arm, seed, out, flags):
     """Train one arm and measure it at every fourth: a list of {step, retrieval, gap}, the last with exact captions."""
     softrepa.contrastive_loss = raw_loss if arm == "raw" else true_loss
     flags = [*flags, "--seed", str(seed), "--out", str(out), "--objective", "fm" if arm == "fm" else "contrastive"]
-    cfg = softrepa.parse(flags)
-    run, curve = softrepa.setup(cfg), []
+    cfg = parse(flags)
+    run, curve = softrepa.setup(cfg, micro_batch=cfg.nrows), []
     if arm == "base":
         return [dict(step=0, exact=exact_of(cfg, None)) | pairs_of(cfg, run, None)]
     for step in [cfg.max_train_steps * part // 4 for part in (1, 2, 3, 4)]:  # the same run, stopped and continued
@@ -77,9 +81,9 @@ def main():
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     args, flags = parser.parse_known_args()
     folder, curves = Path("runs/check-softrepa"), {}
-    data = Path(softrepa.parse(flags).data)
+    data = Path(parse(flags).data)
     if not data.exists():
-        prepare.prepare_pairs(data)
+        prepare_pairs(data)
     for arm in ("base", *args.arms):
         for seed in args.seeds if arm != "base" else [0]:
             path = folder / f"{arm}-{seed}.json"

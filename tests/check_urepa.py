@@ -29,20 +29,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
 import repa  # noqa: E402
 import urepa  # noqa: E402
-from common import PreparedData, clean_input, interpolate, load_teacher, mix_seed  # noqa: E402
+from common import SIT_SIZES, interpolate  # noqa: E402
+from support.dataset import PreparedData, clean_input, mix_seed  # noqa: E402
+from support.flags import parse  # noqa: E402
+from support.teachers import load_teacher  # noqa: E402
 
 ARMS = {"sit": (repa, ["--proj-coeff", "0"]), "none": (urepa, ["--proj-coeff", "0"]),
         "cosine": (urepa, ["--manifold-weight", "0"]), "full": (urepa, []), "shuffled": (urepa, [])}
 COLUMNS = dict(cosine=".3f", gram=".4f", velocity=".4f", probe=".3f", accuracy=".3f", distance=".2f")
 # Two more sizes with the toy's recipe: 64 tokens of 32 px for a CPU; 256 for a GPU, as wide and deep as fits a pair.
 urepa.MODELS["toy-check"] = dict(hidden_size=64, depths=(2, 3, 2), num_heads=4, mlp_dim=176, patch_size=4)
-repa.MODELS["toy-pair"] = dict(hidden_size=256, depth=12, num_heads=4, patch_size=2)
+SIT_SIZES["toy-pair"] = dict(hidden_size=256, depth=12, num_heads=4, patch_size=2)
 urepa.MODELS["toy-pair"] = dict(hidden_size=256, depths=(4, 7, 4), num_heads=4, mlp_dim=704, patch_size=2)
 urepa.RECIPES = {
     "toy-check": urepa.RECIPES["toy"] | dict(encoder_depth=4, batch_size=48, learning_rate=5e-4, max_train_steps=350),
     "toy-pair": urepa.RECIPES["toy"] | dict(encoder_depth=8)} | urepa.RECIPES
 
 true_loss = urepa.urepa_loss
+
+
+def config_of(script, flags):
+    """The Config that one of the two scripts makes of these flags."""
+    if script is repa:
+        return parse(flags, repa.Config, SIT_SIZES, repa.RECIPES)
+    return parse(flags, urepa.Config, urepa.MODELS, urepa.RECIPES, urepa.RANGES)
 
 
 def shuffled_loss(model, x, t, noise, y, zs, path_type):
@@ -115,7 +125,7 @@ def run_arm(arm, seed, out, samples, flags):
     """Train one arm, measure it, judge its samples: a dict of COLUMNS, and the course of the training losses."""
     script, arm_flags = ARMS[arm]
     urepa.urepa_loss = shuffled_loss if arm == "shuffled" else true_loss
-    cfg = script.parse([*flags, *arm_flags, "--seed", str(seed), "--out", str(out), "--preview-every", "0"])
+    cfg = config_of(script, [*flags, *arm_flags, "--seed", str(seed), "--out", str(out), "--preview-every", "0"])
     run = script.setup(cfg)
     script.train(cfg, run)
     figures = held_out(cfg, run) if script is urepa else {}
@@ -156,7 +166,7 @@ def main():
             f"{-proj:.3f} {gram:.4f} (step {step})" for step, proj, gram in found[arm, args.seeds[0]]["course"]))
     if not {"none", "cosine", "full"} <= set(args.arms):
         return
-    cfg = urepa.parse(flags)
+    cfg = config_of(urepa, flags)
     for weight in (0, cfg.manifold_weight):
         cosine, gram = best_possible(cfg, weight)
         print(f"free middle tokens, w {weight:g}: cosine {cosine:.3f}, Gram error {gram:.4f}")

@@ -19,6 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
 import repa  # noqa: E402
+from common import SIT_SIZES  # noqa: E402
+from support.flags import parse  # noqa: E402
 
 ARMS = {"none": 0.0, "aligned": 0.5, "shuffled": 0.5}
 true_loss = repa.repa_loss
@@ -29,11 +31,17 @@ def shuffled_loss(model, x, t, noise, y, zs, path_type):
     return true_loss(model, x, t, noise, y, [z.roll(1, dims=0) for z in zs], path_type)
 
 
+def config_of(script, flags):
+    """The Config that a script makes of its command line."""
+    models, ranges = getattr(script, "MODELS", SIT_SIZES), getattr(script, "RANGES", None)
+    return parse(flags, script.Config, models, script.RECIPES, ranges)
+
+
 def judged_run(script, flags, out, samples):
     """Train a script and judge its EMA model five times: a list of {step, seconds, accuracy, distance, ...}."""
     flags = [*flags, "--out", str(out), "--preview-every", "0"]
-    every = script.parse(flags).max_train_steps // 5
-    cfg = script.parse([*flags, "--keep-every", str(every)])
+    every = config_of(script, flags).max_train_steps // 5
+    cfg = config_of(script, [*flags, "--keep-every", str(every)])
     script.train(cfg, script.setup(cfg))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     curve = []

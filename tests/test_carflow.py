@@ -2,8 +2,6 @@
 
 The fixture was computed in float64, so float32 casts are taken out of the code for it (`float64` below).
 """
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -12,9 +10,14 @@ import torch.nn as nn
 import carflow
 import common
 import repa
-from carflow import SHIFTS, VARIANTS, CARFlow, Flows1D, ShiftNet, carflow_loss
+from carflow import SHIFTS, VARIANTS, CARFlow, ShiftNet, carflow_loss
 from common import SIT_SIZES, SiT, interpolate, path_coefficients, sample
 from golden_utils import Fixture, official_keys, state_shapes
+from support import flags as command_line
+from support import line
+from support.dataset import PreparedData
+from support.line import Flows1D
+from support.runs import Run
 from test_training import as_a_fresh_process, command, make_data  # noqa: F401
 
 GOLDEN = Fixture("carflow")
@@ -48,7 +51,7 @@ def inputs(*names):
 
 
 def test_shifts_of_every_label(float64):
-    mu0, mu1 = small("joint").with_table().keywords["table"]
+    mu0, mu1 = small("joint").table()
     GOLDEN.check("mu0", mu0)
     GOLDEN.check("mu1", mu1)
 
@@ -291,6 +294,10 @@ def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("carflow") / "data")
 
 
+def config():
+    return command_line.parse([], carflow.Config, carflow.MODELS, carflow.RECIPES, carflow.RANGES)
+
+
 def flags(data, out, steps, *more):
     return [*command(data, out, steps, "--shift-width", 4), *map(str, more)]
 
@@ -321,7 +328,7 @@ def test_training_without_shifts_is_repas_baseline_bit_for_bit(data, trained, tm
 @of_modes
 def test_a_checkpoint_is_loaded_in_its_mode(mode, trained):
     state = torch.load(trained[mode], weights_only=True)["ema"]
-    model, _ = carflow.load_carflow(carflow.parse([]), trained[mode])  # the flag says joint
+    model, _ = carflow.load_carflow(config(), trained[mode])  # the flag says joint
     assert set(SHIFTS[mode]) == {name for name, net in model.named_children() if isinstance(net, ShiftNet)}
     assert all(torch.equal(state[name], weight) for name, weight in model.state_dict().items())
     assert all(mu.any() == (f"shift{i}" in SHIFTS[mode]) for i, mu in enumerate(model.shifts(torch.arange(4))))
@@ -329,7 +336,7 @@ def test_a_checkpoint_is_loaded_in_its_mode(mode, trained):
 
 def test_all_trained_parameters_move_and_are_averaged(trained):
     checkpoint = torch.load(trained["joint"], weights_only=True)
-    fresh = carflow.load_carflow(carflow.parse([]), trained["joint"])[0].state_dict()
+    fresh = carflow.load_carflow(config(), trained["joint"])[0].state_dict()
     for name in fresh:
         if name.startswith("shift"):
             assert not torch.equal(checkpoint["model"][name], checkpoint["ema"][name]), name
@@ -401,7 +408,7 @@ def test_a_run_of_another_shift_is_refused(data, trained):
 
 @pytest.mark.parametrize("size", [2, 6, 12, 28])
 def test_an_input_no_shift_net_can_make(size):
-    with pytest.raises(SystemExit, match="--shift none"):
+    with pytest.raises(common.SizeError, match="--shift none"):
         ShiftNet(8, 4, size)
 
 
@@ -412,8 +419,8 @@ def test_repa_names_what_it_cannot_sample(trained):
 
 def test_diagnose(data, trained):
     """The figures by hand: on shifts that are the class means, halves of them, the cosine is 1."""
-    model, _ = carflow.load_carflow(carflow.parse([]), trained["joint"])
-    prepared, run = common.PreparedData(data, 16), SimpleNamespace(device=torch.device("cpu"))
+    model, _ = carflow.load_carflow(config(), trained["joint"])
+    prepared, run = PreparedData(data, 16), Run(0, 1, torch.device("cpu"), 4, 1, None)
     images = prepared[np.arange(100)]
     x, y = images["images"].permute(0, 3, 1, 2) / 127.5 - 1, images["labels"]
     means = torch.stack([x[y == label].mean(dim=0) for label in range(4)])
@@ -466,7 +473,7 @@ def test_the_collapsed_velocities_are_those_of_the_docstring(experiment):
     y = (torch.arange(count)[None] % 2).float().expand(18, -1)
     t = (0.05 + 0.9 * torch.special.ndtr(u)).expand(18, -1)
     with torch.no_grad():
-        z_t, v, _ = model((2 * y - 1) * carflow.CENTRE + carflow.STD * z, noise, t, y)
+        z_t, v, _ = model((2 * y - 1) * line.CENTRE + line.STD * z, noise, t, y)
         mu0, mu1, _, _ = model.shifts_and_scales(y)
     for variant, collapsed in (("scale_source", (mu0 - z_t) / (1 - t)), ("scale_target", (z_t - mu1) / t)):
         error = (v - collapsed)[rows[variant]].square().mean()

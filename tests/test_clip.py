@@ -5,10 +5,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import common
-from common import (CLIP_G, CLIP_L, AutoencoderKL, ClipText, Tokenizer, convert_ldm_vae, encode_prompts, load_sd3,
-                    load_sd3_text, load_sd3_vae, load_tokenizer, pad_context)
 from golden_utils import Fixture, official_keys, state_shapes
+from support.clip import CLIP_G, CLIP_L, ClipText, Tokenizer, load_tokenizer
+from support.sd3 import encode_prompts, load_sd3_text, pad_context
+from support.vae import SD3_VAE_META, AutoencoderKL, convert_ldm_vae, load_sd3_part, load_sd3_vae
 
 TEXT, BPE = Fixture("clip_text"), Fixture("clip_bpe")
 MERGES = os.environ.get("ALIGNMENT_TEST_MERGES")  # merges.txt of openai/clip-vit-large-patch14
@@ -179,11 +179,11 @@ def test_parts_are_read_strictly(tmp_path, towers):
     half = {name: w.half() for name, w in towers["l"].state_dict().items()}
     extra = {"text_projection.weight": torch.eye(32), "text_model.embeddings.position_ids": torch.zeros(1, 12)}
     path = write_sd3(tmp_path / "sd3.safetensors", dict(clip_l=half | extra, vae=in_ldm_names(tiny_vae())))
-    loaded = load_sd3("clip_l", small_tower("l"), path)
+    loaded = load_sd3_part("clip_l", small_tower("l"), path)
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in loaded.parameters())
     ids = TEXT.input("ids_l")
     torch.testing.assert_close(loaded(ids)[1], towers["l"](ids)[1], rtol=0.02, atol=0.02)
-    assert load_sd3("vae", tiny_vae(), path).decode(torch.zeros(1, 16, 2, 2)).shape == (1, 3, 4, 4)
+    assert load_sd3_part("vae", tiny_vae(), path).decode(torch.zeros(1, 16, 2, 2)).shape == (1, 3, 4, 4)
 
 
 def error_of(function, *args):
@@ -197,17 +197,18 @@ def error_of(function, *args):
 def test_files_that_are_not_sd3(tmp_path, towers):
     weights = dict(towers["l"].state_dict())
     path = write_sd3(tmp_path / "part.safetensors", dict(clip_l=weights))
-    assert "holds no clip_g" in error_of(load_sd3, "clip_g", small_tower("g"), path)
-    assert "sd3_medium_incl_clips.safetensors, which holds all parts" in error_of(load_sd3, "network", None, path)
+    assert "holds no clip_g" in error_of(load_sd3_part, "clip_g", small_tower("g"), path)
+    assert "sd3_medium_incl_clips.safetensors, which holds all parts" in error_of(
+        load_sd3_part, "network", None, path)
     name = "text_model.final_layer_norm.weight"
     for changed in ({n: w for n, w in weights.items() if n != name}, weights | {name: torch.zeros(3)},
                     weights | {"more": torch.zeros(3)}):
         path = write_sd3(tmp_path / "changed.safetensors", dict(clip_l=changed))
-        message = error_of(load_sd3, "clip_l", small_tower("l"), path)
+        message = error_of(load_sd3_part, "clip_l", small_tower("l"), path)
         assert "1 names or shapes of its clip_l differ" in message
     (tmp_path / "text.safetensors").write_text("hello")
     for bad in ("text.safetensors", "absent.safetensors"):
-        assert "is no safetensors file" in error_of(load_sd3, "vae", None, str(tmp_path / bad))
+        assert "is no safetensors file" in error_of(load_sd3_part, "vae", None, str(tmp_path / bad))
     assert "names or shapes of its vae differ" in error_of(
         load_sd3_vae, write_sd3(tmp_path / "tiny.safetensors", dict(vae=in_ldm_names(tiny_vae()))))
 
@@ -262,5 +263,5 @@ def test_the_hub_is_asked_for_the_right_files(monkeypatch):
 
 def test_constants_of_the_latent():
     z = torch.tensor([0.0609, 1.0])
-    meta = common.SD3_VAE_META
+    meta = SD3_VAE_META
     torch.testing.assert_close(z * meta["latent_scale"] + meta["latent_shift"], (z - 0.0609) * 1.5305)

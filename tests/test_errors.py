@@ -15,9 +15,9 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-import common
-import prepare
 import repa
+from support import checkpoints, teachers, vae
+from support.dataset import write_labels_and_meta
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = dict(img_size=16, patch_size=4, embed_dim=64, depth=4, num_heads=4, num_classes=0, class_token=True)
@@ -33,7 +33,7 @@ def write_data(folder, num_classes=8, count=24, resolution=16):
     rng = np.random.default_rng(0)
     np.save(folder / "images.npy", rng.integers(0, 256, (count, resolution, resolution, 3), np.uint8))
     names = [str(i) for i in range(num_classes)]
-    prepare.write_labels_and_meta(folder, np.arange(count) % num_classes, "random", resolution, names)
+    write_labels_and_meta(folder, np.arange(count) % num_classes, "random", resolution, names)
     write_teacher(folder / "teacher.pt", img_size=resolution)
     return folder
 
@@ -290,9 +290,9 @@ def test_teacher_file(tmp_path, error_of):
     for name, content in (("missing.pt", None), ("empty.pt", b""), ("text.pt", b"hello")):
         if content is not None:
             (tmp_path / name).write_bytes(content)
-        assert name in error_of(common.load_teacher, "dinov2-vit-s", 256, str(tmp_path / name))
+        assert name in error_of(teachers.load_teacher, "dinov2-vit-s", 256, str(tmp_path / name))
     torch.save(dict(weight=torch.zeros(2)), tmp_path / "other.pt")
-    assert "other.pt" in error_of(common.load_teacher, "dinov2-vit-s", 256, str(tmp_path / "other.pt"))
+    assert "other.pt" in error_of(teachers.load_teacher, "dinov2-vit-s", 256, str(tmp_path / "other.pt"))
 
 
 def test_no_vae_for_the_previews(no_hub, tmp_path, error_of):
@@ -308,7 +308,7 @@ def test_no_vae_for_the_previews(no_hub, tmp_path, error_of):
 def test_downloads_impossible(no_hub, data, tmp_path, error_of):
     flags = [*training(data, tmp_path / "out"), "--enc-type", "dinov2-vit-b"]
     assert "--teacher-ckpt FILE" in error_of(flags)
-    assert "--vae-ckpt FILE" in error_of(common.load_vae)
+    assert "--vae-ckpt FILE" in error_of(vae.load_vae)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -384,7 +384,7 @@ def test_no_checkpoint(kind, data, trained, tmp_path, error_of):
     for message in (error_of(sampling(path, tmp_path / "out")), error_of([*flags, "--init", path]),
                     error_of([*flags, "--teacher-ckpt", path]),
                     error_of([*flags, "--enc-type", "dinov2-vit-s", "--teacher-ckpt", path]),
-                    error_of(common.load_vae, "ft-ema", path)):
+                    error_of(vae.load_vae, "ft-ema", path)):
         assert "bad.pt" in message
     assert not (tmp_path / "touched").exists(), "the file ran a command"
 
@@ -405,14 +405,14 @@ def test_foreign_checkpoint_has_a_remedy_that_works(trained, tmp_path, error_of,
     torch.save(dict(ema=ema, args=argparse.Namespace(model="toy")), "foreign.pt")
     message = error_of(sampling("foreign.pt", tmp_path / "out"))
     exec(message.split('python -c "')[1].removesuffix('"'), {})
-    weights, _ = common.load_weights("ema.pt")
+    weights, _ = checkpoints.load_weights("ema.pt")
     assert all(torch.equal(weights[name], ema[name]) for name in ema)
 
 
 def test_checkpoint_of_another_model(trained, tmp_path, error_of):
     assert "--model toy" in error_of(sampling(trained / "last.pt", tmp_path / "out", "--model", "SiT-S/2"))
     bare = tmp_path / "ema.pt"  # without a config, only shapes tell
-    torch.save(common.load_weights(trained / "last.pt")[0], bare)
+    torch.save(checkpoints.load_weights(trained / "last.pt")[0], bare)
     assert "width 96" in error_of(sampling(bare, tmp_path / "out", "--model", "SiT-S/2"))
     flags = ["--init", trained / "last.pt", "--model", "SiT-S/4", "--resolution", "16", "--proj-coeff", "0"]
     assert "does not fit" in error_of([*training(trained.parent / "data", tmp_path / "out"), *flags])

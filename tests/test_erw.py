@@ -11,8 +11,21 @@ import common
 import erw
 import repa
 from golden_utils import Fixture
-from test_training import (as_a_fresh_process, assert_same_images, assert_same_run, command, copy_run,  # noqa: F401
-                           last, log_lines, make_data, steps_logged, tensors_of)
+from support.dataset import image_randn
+from support.teachers import Teacher, load_teacher
+from support.vae import pixels_to_uint8
+from test_training import (  # noqa: F401
+    as_a_fresh_process,
+    assert_same_images,
+    assert_same_run,
+    command,
+    copy_run,
+    last,
+    log_lines,
+    make_data,
+    steps_logged,
+    tensors_of,
+)
 
 GOLDEN = Fixture("erw")
 CONFIG, WEIGHTS = GOLDEN.config, GOLDEN.config["weights"]
@@ -78,8 +91,7 @@ def test_the_transfer_keeps_what_phase_1_trains():
 
 
 def released_config(model):
-    flags = next(flags for name, flags in erw.RELEASED.items() if model.startswith(name))
-    return erw.parse(["--model", model, *flags.split()])
+    return erw.parse_config(["--model", model, "--recipe", "released"])
 
 
 @pytest.mark.parametrize("name, use_rope", [("full", "never"), ("fullrope", "phase2"), ("fullrope", "always")])
@@ -199,9 +211,9 @@ def test_rope_turns_by_the_difference_of_places():
 
 
 def test_the_coefficient_halves_or_stays():
-    cfg = erw.parse(["--warmup-steps", "10", "--proj-decay-half-life", "4", "--proj-coeff", "2"])
+    cfg = erw.parse_config(["--warmup-steps", "10", "--proj-decay-half-life", "4", "--proj-coeff", "2"])
     assert [erw.decayed_coeff(cfg, k) for k in (10, 14, 18)] == [2, 1, 0.5]
-    cfg = erw.parse(["--proj-decay-half-life", "inf"])
+    cfg = erw.parse_config(["--proj-decay-half-life", "inf"])
     assert erw.decayed_coeff(cfg, 10 ** 6) == cfg.proj_coeff
 
 
@@ -304,7 +316,7 @@ def test_compiled_blocks_share_one_graph_in_both_phases(data, tmp_path, monkeypa
     counter, compile_module = CompileCounterWithBackend("eager"), torch.nn.Module.compile
     torch._dynamo.reset()
     monkeypatch.setattr(common.SiTBlock, "compile", lambda block: compile_module(block, backend=counter))
-    monkeypatch.setattr(common.Teacher, "compile", lambda teacher: None)
+    monkeypatch.setattr(Teacher, "compile", lambda teacher: None)
     flags = ["--warmup-steps", 2, "--use-rope", "always"]
     erw.main(command(data, tmp_path / "compiled", 4, *flags, "--compile"))
     torch._dynamo.reset()
@@ -315,7 +327,7 @@ def test_compiled_blocks_share_one_graph_in_both_phases(data, tmp_path, monkeypa
 
 
 def test_the_cost_is_told_twice(tmp_path, capsys):
-    cfg = erw.parse(["--out", str(tmp_path), "--warmup-steps", "100", "--max-train-steps", "400"])
+    cfg = erw.parse_config(["--out", str(tmp_path), "--warmup-steps", "100", "--max-train-steps", "400"])
     rates = [(50, 400), (100, 40), (150, 99), (200, 100), (250, 100), (300, 1), (400, 98)]  # some are disturbed
     lines = [dict(step=step, images_per_s=rate) for step, rate in [(40, 400), *rates]]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -412,8 +424,8 @@ def test_samples_have_the_rope_they_were_trained_with(data, tmp_path, use_rope):
     plain = images_of(save_as_run(tmp_path / "b.pt", model, data, use_rope="never"), tmp_path / "b")
     assert np.abs(turned["arr_0"].astype(int) - plain["arr_0"]).mean() > 1
     y = torch.tensor([1, 3, 1, 3, 1, 3])
-    x = common.sample(model.velocity, common.image_randn(0, range(6), "cpu")(3, 16, 16), y, y, num_steps=3)
-    assert_same_images(turned, dict(labels=y.numpy(), arr_0=common.pixels_to_uint8(x).numpy()))
+    x = common.sample(model.velocity, image_randn(0, range(6), "cpu")(3, 16, 16), y, y, num_steps=3)
+    assert_same_images(turned, dict(labels=y.numpy(), arr_0=pixels_to_uint8(x).numpy()))
 
 
 def test_samples_of_other_programs_files(data, tmp_path):
@@ -439,7 +451,7 @@ def test_the_probe(data, tmp_path, unbroken, capsys):
     rows = torch.linspace(0, 99, 60).long().numpy()
     images = torch.from_numpy(np.load(data / "images.npy")[rows])
     x = images.permute(0, 3, 1, 2) / 127.5 - 1
-    z = common.load_teacher("prepared", 16, f"{data}/teacher.pt")(images)[1].mean(dim=1)
+    z = load_teacher("prepared", 16, f"{data}/teacher.pt")(images)[1].mean(dim=1)
     h, c = model.embed(x, torch.zeros(60), torch.full((60,), 4))
     expected = []
     with torch.no_grad():

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 import evaluate
-import prepare
+from support.dataset import write_labels_and_meta
+from support.toy import SHAPES, make_toy_set, prepare_toy
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """A small toy set with a judge (the teacher is not trained)."""
     folder = tmp_path_factory.mktemp("data") / "toy"
-    prepare.prepare_toy(folder, count=3000, val_count=1200, steps=1, judge_steps=80)
+    prepare_toy(folder, count=3000, val_count=1200, steps=1, judge_steps=80)
     return folder
 
 
@@ -85,7 +86,7 @@ def test_split_reference():
 
 
 def test_good_and_bad_samples(toy, tmp_path, capsys):
-    images, labels, _ = prepare.make_toy_set(400, seed=7)
+    images, labels, _ = make_toy_set(400, seed=7)
     np.savez(tmp_path / "good.npz", arr_0=images, labels=labels)
     np.savez(tmp_path / "wrong.npz", arr_0=images, labels=(labels + 1) % 8)
     recoloured = np.ascontiguousarray(images[..., [1, 2, 0]])
@@ -112,7 +113,7 @@ def test_good_and_bad_samples(toy, tmp_path, capsys):
 
 
 def test_reference_too_small_for_the_samples(toy, tmp_path, capsys):
-    images, labels, _ = prepare.make_toy_set(700, seed=8)
+    images, labels, _ = make_toy_set(700, seed=8)
     np.savez(tmp_path / "many.npz", arr_0=images, labels=labels)
     [result] = evaluate.main([str(tmp_path / "many.npz"), str(toy / "val")])
     assert result["num_samples"] == 700 and result["num_real"] == result["num_reference"] == 600
@@ -128,14 +129,14 @@ def test_prepared_folder_as_samples(toy, tmp_path):
 def test_evaluation_does_not_train_the_judge(toy):
     """BatchNorm in train mode would make an image's features depend on its neighbours."""
     judge, num_classes, _ = evaluate.load_judge(toy / "judge.pt")
-    images = prepare.make_toy_set(64, seed=9)[0]
+    images = make_toy_set(64, seed=9)[0]
     together, _ = evaluate.run_judge(judge, num_classes, images)
     alone, _ = evaluate.run_judge(judge, num_classes, images, np.array([5]))
     assert np.allclose(together[5], alone[0], atol=1e-5) and together.shape == (64, 64)
 
 
 def test_errors(toy, tmp_path):
-    images, labels, _ = prepare.make_toy_set(20, seed=7)
+    images, labels, _ = make_toy_set(20, seed=7)
 
     def save(**arrays):
         np.savez(tmp_path / "s.npz", **arrays)
@@ -166,12 +167,12 @@ def test_errors(toy, tmp_path):
 
 
 def test_errors_of_judge_and_reference(toy, tmp_path):
-    images, labels, _ = prepare.make_toy_set(20, seed=7)
+    images, labels, _ = make_toy_set(20, seed=7)
     np.savez(tmp_path / "s.npz", arr_0=images, labels=labels)
     folder = tmp_path / "x"
     folder.mkdir()
     np.save(folder / "images.npy", images)
-    prepare.write_labels_and_meta(folder, labels + 1, "test", 16, [*prepare.SHAPES, "more"])
+    write_labels_and_meta(folder, labels + 1, "test", 16, [*SHAPES, "more"])
     assert f"python prepare.py teacher --data {folder}" in error_of(tmp_path / "s.npz", folder)
     assert "classes 0..7" in error_of(tmp_path / "s.npz", folder, "--judge", toy / "judge.pt")
     (folder / "judge.pt").write_text("hello")

@@ -7,7 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import repa
-from common import SIT_SIZES, SiT, flop_counter
+from common import SIT_SIZES, SiT
+from support.runs import flop_counter
 
 # Counted on the official models: 1000 classes, 4 latent channels, 256 px; GFLOP = 2 x multiply-adds, per image.
 TABLE = {  # model: (parameters, trained ones, with willisma/SiT's head of 8 channels, GFLOP at 256 px, at 512 px)

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 
 import gmem
 import repa
-from common import SIT_SIZES, Teacher, interpolate, lognormal_time, sample
-from gmem import MemoryBank, MemorySiT, corrupt, gmem_loss, mix_snippets
+from common import SIT_SIZES, interpolate, lognormal_time, sample
+from gmem import MemoryBank, MemorySiT, coefficients, corrupt, gmem_loss, mix_snippets
 from golden_utils import Fixture, official_keys, state_shapes
+from support import flags as command_line
+from support.teachers import Teacher, load_teachers
 from test_training import TORCHRUN, as_a_fresh_process, command, finish, make_data, start  # noqa: F401
 
 GOLDEN = Fixture("gmem")
@@ -22,6 +24,10 @@ X, NOISE, Z = (GOLDEN.input(name) for name in ("x", "noise", "zs"))
 SNIPPET = F.normalize(GOLDEN.input("mem_raw"), dim=-1)
 NEVER = torch.zeros(4, dtype=torch.bool)
 FEATURES = GOLDEN.input("bank/features")
+
+
+def parse(argv):
+    return command_line.parse(argv, gmem.Config, SIT_SIZES, gmem.RECIPES, gmem.RANGES)
 
 
 def small_gmem(config=CONFIG):
@@ -144,7 +150,7 @@ def test_ode_with_shifted_times():
 
 
 def test_bank():
-    full, rows = MemoryBank(FEATURES), GOLDEN.input("bank/idx")
+    full, rows = MemoryBank(dict(features=FEATURES)), GOLDEN.input("bank/idx")
     bank = full.compress(CONFIG["latent_dim"])
     for name in ("mean", "S"):
         GOLDEN.check(f"bank/{name}", bank.parts[name])
@@ -157,7 +163,7 @@ def test_bank():
     everything = bank.get(torch.arange(len(FEATURES)))
     GOLDEN.check("bank/reconstruction", everything)
     GOLDEN.check("bank/relative_error", (everything - FEATURES).norm() / (FEATURES - bank.parts["mean"]).norm())
-    new = bank.coefficients(GOLDEN.input("bank/new_snippet"))
+    new = coefficients(GOLDEN.input("bank/new_snippet"), bank.parts)
     GOLDEN.check("bank/svd_add_exact", new @ bank.parts["M"].T + bank.parts["mean"])
 
 
@@ -257,12 +263,12 @@ def test_draws():
     with pytest.raises(SystemExit, match="--labels 1 9: not all are among the bank's, 0 to 3"):
         bank.draw(4, [1, 9], seed=0)
     with pytest.raises(SystemExit, match="it has no labels"):
-        MemoryBank(torch.zeros(5, 3)).draw(4, [0], seed=0)
+        MemoryBank(dict(features=torch.zeros(5, 3))).draw(4, [0], seed=0)
 
 
 def test_recipes():
     for size, depth in [("B", 4), ("XL", 8)]:
-        cfg = gmem.parse(["--model", f"SiT-{size}/2"])
+        cfg = parse(["--model", f"SiT-{size}/2"])
         assert (cfg.encoder_depth, cfg.proj_coeff, cfg.mem_dropout, cfg.mem_null_prob) == (depth, 0.5, 0.4, 0)
         assert (cfg.batch_size, cfg.learning_rate, cfg.ema_decay, cfg.weighting) == (256, 1e-4, 0.9999, "uniform")
         assert (cfg.mode, cfg.heun, cfg.num_steps, cfg.cfg_scale, cfg.cosine_coeff) == ("sde", True, 50, 1, 0)
@@ -330,11 +336,11 @@ def test_the_bank_of_a_run(data, trained):
     saved = torch.load(data / "bank-prepared.pt", weights_only=True)
     assert saved.keys() == {"features", "labels", "data", "teacher", "width"}
     assert torch.equal(saved["labels"], torch.from_numpy(np.load(data / "labels.npy")))
-    cfg = gmem.parse(command(data, "unused", 1))
-    teacher = gmem.frozen_teacher(cfg, SimpleNamespace(device="cpu"))
+    cfg = parse(command(data, "unused", 1))
+    [teacher] = load_teachers(cfg, SimpleNamespace(device="cpu"))
     expected = teacher(torch.from_numpy(np.load(data / "images.npy")))[0]
     torch.testing.assert_close(saved["features"], expected, rtol=1e-4, atol=1e-5)
-    assert saved["teacher"] == teacher.identity == torch.load(trained.ckpt, weights_only=True)["data"]["teacher"]
+    assert saved["teacher"] == gmem.identify_teacher(teacher) == torch.load(trained.ckpt, weights_only=True)["data"]["teacher"]
     assert saved["features"].norm(dim=1).min() > 2  # stored raw
 
 
@@ -477,4 +483,4 @@ def test_banks_that_do_not_fit_are_refused(data, trained, home, tmp_path):
     (["--cosine-coeff", "-1"], "--cosine-coeff -1.0 must lie between 0")])
 def test_flags(flags, message):
     with pytest.raises(SystemExit, match=message):
-        gmem.parse(flags)
+        parse(flags)

@@ -16,15 +16,37 @@ from timm.models.vision_transformer import VisionTransformer
 
 import common
 import haste
-from common import SIT_SIZES, MMDiT, SiTBlock, interpolate, load_teacher
+from common import SIT_SIZES, SiTBlock, interpolate
 from golden_utils import Fixture, official_keys, state_shapes
 from haste import AttentionTeacher, HASTESiT, attention_loss, block_with_logits, haste_loss
-from test_training import (IMAGES, ROOT, TORCHRUN, as_a_fresh_process, assert_same_run, break_off,  # noqa: F401
-                           command, finish, kill, last, log_lines, make_data, relative_error, start, weights_error)
-
+from support.dataset import PreparedData, clean_input, micro_batches, step_draws
+from support.flags import parse as parse_flags
+from support.sd3 import MMDiT
+from support.teachers import Teacher, load_teacher
+from test_training import (  # noqa: F401
+    IMAGES,
+    ROOT,
+    TORCHRUN,
+    as_a_fresh_process,
+    assert_same_run,
+    break_off,
+    command,
+    finish,
+    kill,
+    last,
+    log_lines,
+    make_data,
+    relative_error,
+    start,
+    weights_error,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loss against the official code
+
+
+def parse(argv):
+    return parse_flags(argv, haste.Config, SIT_SIZES, haste.RECIPES, haste.RANGES)
 
 
 def student(config, heads=None):
@@ -203,7 +225,7 @@ def test_attention_is_that_of_the_vision_transformer(prefix, options):
     for p in vit.parameters():
         nn.init.normal_(p, std=0.3)
     images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
-    teacher = common.Teacher(vit, [0.5] * 3, [0.5] * 3, 16)
+    teacher = Teacher(vit, [0.5] * 3, [0.5] * 3, 16, "random")
     expected, calls, attend = teacher(images)[1], [], F.scaled_dot_product_attention
     with mock.patch.object(F, "scaled_dot_product_attention",
                            lambda q, k, v, **options: (calls.append((q, k)), attend(q, k, v, **options))[1]):
@@ -405,9 +427,9 @@ def test_what_ends_at_the_switch(data, tmp_path):
 
 
 def haste_model(data):
-    cfg = haste.parse([str(f) for f in flags(data, "unused")])
+    cfg = parse([str(f) for f in flags(data, "unused")])
     run = haste.setup(cfg)
-    return haste.build(cfg, haste.PreparedData(cfg.data, 16), run)[1]
+    return haste.build(cfg, PreparedData(cfg.data, 16), run)[1]
 
 
 def test_the_second_phase_is_plain_sit(data, tmp_path):
@@ -423,12 +445,12 @@ def test_the_second_phase_is_plain_sit(data, tmp_path):
     with mock.patch.object(haste, "optimizer_step", recorded):
         haste.main(flags(data, tmp_path / "run", STOP + 1))
 
-    prepared = haste.PreparedData(data, 16)
-    run = haste.setup(haste.parse(["--batch-size", "8"]))
-    normal, uniform = common.step_draws(0, STOP + 1, 8, run)
+    prepared = PreparedData(data, 16)
+    run = haste.setup(parse(["--batch-size", "8"]))
+    normal, uniform = step_draws(0, STOP + 1, 8, run)
     _, noise, t, drop = normal(3, 16, 16), normal(3, 16, 16), uniform(), uniform() < 0.1
-    batch = next(common.micro_batches(prepared, 0, 8, run, STOP))
-    x_t, v = interpolate(common.clean_input(batch, prepared.meta, None), noise, t)
+    batch = next(micro_batches(prepared, 0, 8, run, STOP))
+    x_t, v = interpolate(clean_input(batch, prepared.meta, None), noise, t)
     (model.velocity(x_t, t, batch["labels"].masked_fill(drop, 4)) - v).square().mean().backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     assert relative_error(torch.cat(gradients[0]), expected) < 1e-5
@@ -551,7 +573,7 @@ def test_the_student_learns_to_look_where_the_teacher_looks():
 
 @pytest.mark.parametrize("name", [*SIT_SIZES])
 def test_every_recipe_fits_its_model_and_teacher(name):
-    cfg, sizes = haste.parse(["--model", name]), SIT_SIZES[name]
+    cfg, sizes = parse(["--model", name]), SIT_SIZES[name]
     depth, heads = (4, 4) if name == "toy" else (12, 12)  # of the toy's teacher, of DINOv2-B
     assert len(cfg.student_layers) == len(cfg.teacher_layers) >= 2
     assert max(cfg.student_layers) < sizes["depth"] and max(cfg.teacher_layers) < depth

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import evaluate
-import prepare
 from golden_utils import Fixture
+from support.dataset import write_labels_and_meta
 from test_evaluate import error_of
 
 GOLDEN = Fixture("metrics")
@@ -324,7 +324,7 @@ def test_folders_on_either_side(tiny, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "prepared"
     (folder / "val").mkdir(parents=True)
     np.save(folder / "images.npy", reference)
-    prepare.write_labels_and_meta(folder, np.arange(30) % 2, "test", 32, ["x", "y"])
+    write_labels_and_meta(folder, np.arange(30) % 2, "test", 32, ["x", "y"])
 
     [expected] = evaluate.main([str(tmp_path / "a.npz"), str(tmp_path / "b.npz")])
     for samples, other, flags in (("pictures", "real", []), ("a.npz", "real", []), ("pictures", "b.npz", []),

@@ -6,9 +6,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import SD3_MEDIUM, MMDiT, interpolate, sample, timestep_embedding
+from common import interpolate, sample, timestep_embedding
 from golden_utils import Fixture, official_keys, state_shapes
 from repa import repa_loss
+from support.sd3 import SD3_MEDIUM, MMDiT
 
 SD3, SD3_RMS = Fixture("sd3_mmdit"), Fixture("sd3_mmdit_rms")
 REPA, HASTE = Fixture("repa_mmdit"), Fixture("haste_mmdit")

@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 import prepare
-from common import PreparedData
 from evaluate import Judge
+from support import pictures
+from support.dataset import PreparedData, read_meta, write_labels_and_meta
+from support.toy import COLOURS, SHAPES, caption_targets, caption_words, make_toy_set, prepare_toy
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,7 +43,7 @@ def run(images, out, *flags):
 
 def load_folder(folder):
     """images, labels and meta of a prepared set, as a training script reads them."""
-    data = PreparedData(folder, prepare.read_meta(folder)["resolution"])
+    data = PreparedData(folder, read_meta(folder)["resolution"])
     return data.array("images"), data.array("labels"), data.meta
 
 
@@ -68,13 +70,13 @@ def test_center_crop_equals_adm():
     size = golden["config"]["crop_size"]
     for i in range(golden["config"]["num_crops"]):
         image = Image.fromarray(golden["inputs"][f"crop_image.{i}"].numpy())
-        assert np.array_equal(prepare.center_crop(image, size), golden["outputs"][f"crop.{i}"].numpy())
+        assert np.array_equal(pictures.center_crop(image, size), golden["outputs"][f"crop.{i}"].numpy())
 
 
 def test_center_crop_rounds_offsets_down():
     pixels = np.random.RandomState(0).randint(0, 256, (15, 15, 3)).astype(np.uint8)
-    assert np.array_equal(prepare.center_crop(Image.fromarray(pixels[:12]), 12), pixels[:12, 1:13])  # 3 // 2 = 1
-    assert np.array_equal(prepare.center_crop(Image.fromarray(pixels[:, :12]), 12), pixels[1:13, :12])
+    assert np.array_equal(pictures.center_crop(Image.fromarray(pixels[:12]), 12), pixels[:12, 1:13])  # 3 // 2 = 1
+    assert np.array_equal(pictures.center_crop(Image.fromarray(pixels[:, :12]), 12), pixels[1:13, :12])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -88,7 +90,7 @@ def test_folder_layout(tmp_path, capsys, workers):
     files = sorted(written, key=lambda path: (path.split("/")[0], path))
     assert images.flags.c_contiguous and images.dtype == np.uint8 and labels.dtype == np.int64
     for row, path in enumerate(files):
-        assert np.array_equal(images[row], prepare.center_crop(Image.fromarray(written[path]), 8)), path
+        assert np.array_equal(images[row], pictures.center_crop(Image.fromarray(written[path]), 8)), path
         assert ["Ant", "cat", "zebra"][labels[row]] == path.split("/")[0]
     assert meta == {"format": 1, "source": str(tmp_path / "in"), "count": 115, "resolution": 8, "num_classes": 3,
                     "class_names": ["Ant", "cat", "zebra"], "vae": None, "channels": 3,
@@ -133,7 +135,7 @@ def test_unreadable_images_are_named_and_left_out(tmp_path, capsys):
     assert meta["count"] == len(images) == 77 and labels.tolist() == [0] * 68 + [1] * 9
     bad = {"a/001.png", "a/066.png", "b/003.png"}
     for row, path in enumerate(sorted(set(written) - bad)):
-        assert np.array_equal(images[row], prepare.center_crop(Image.fromarray(written[path]), 8)), path
+        assert np.array_equal(images[row], pictures.center_crop(Image.fromarray(written[path]), 8)), path
     lines = [line for line in capsys.readouterr().out.split("\n") if line.startswith("unreadable, left out")]
     assert len(lines) == 3 and all(any(name in line for line in lines) for name in bad)
     assert set(os.listdir(tmp_path / "x")) == {"images.npy", "labels.npy", "meta.json"}
@@ -227,17 +229,17 @@ def test_help_is_quick():
 
 
 def test_toy_images_show_their_captions():
-    images, labels, captions = prepare.make_toy_set(400, seed=5)
-    again, other = prepare.make_toy_set(400, seed=5), prepare.make_toy_set(400, seed=6)
+    images, labels, captions = make_toy_set(400, seed=5)
+    again, other = make_toy_set(400, seed=5), make_toy_set(400, seed=6)
     assert np.array_equal(images, again[0]) and captions == again[2] and not np.array_equal(images, other[0])
     assert images.shape == (400, 16, 16, 3) and images.dtype == np.uint8 and set(labels) == set(range(8))
     for image, label, caption in zip(images, labels, captions):
         _, colour, shape, _, _, _, ground, _ = caption.split()
-        assert shape == list(prepare.SHAPES)[label] and colour != ground
-        corner = 0.35 * np.array(prepare.COLOURS[ground])  # no shape reaches all four corners
+        assert shape == list(SHAPES)[label] and colour != ground
+        corner = 0.35 * np.array(COLOURS[ground])  # no shape reaches all four corners
         assert any(np.abs(image[r, c] - corner).max() <= 1 for r in (0, 15) for c in (0, 15)), caption
-        assert (np.abs(image.astype(int) - prepare.COLOURS[colour]).max(-1) == 0).sum() >= 8, caption
-    by_shape = {name: images[labels == i] for i, name in enumerate(prepare.SHAPES)}
+        assert (np.abs(image.astype(int) - COLOURS[colour]).max(-1) == 0).sum() >= 8, caption
+    by_shape = {name: images[labels == i] for i, name in enumerate(SHAPES)}
     wide = {name: shape_extent(group) for name, group in by_shape.items()}
     assert wide["bar"] > 1.5 and wide["pillar"] < 1 / 1.5 and 0.9 < wide["disc"] < 1.1
 
@@ -252,7 +254,7 @@ def shape_extent(images):
 def toy(tmp_path_factory):
     """A small toy set with teacher and judge."""
     folder = tmp_path_factory.mktemp("data") / "toy"
-    prepare.prepare_toy(folder, count=3000, val_count=500, steps=120, judge_steps=60)
+    prepare_toy(folder, count=3000, val_count=500, steps=120, judge_steps=60)
     return folder
 
 
@@ -261,7 +263,7 @@ def test_toy_folder(toy):
         images, labels, meta = load_folder(folder)
         captions = json.loads((folder / "captions.json").read_text())
         assert len(images) == len(labels) == len(captions) == count
-        assert meta["class_names"] == list(prepare.SHAPES) and meta["num_classes"] == 8 and meta["resolution"] == 16
+        assert meta["class_names"] == list(SHAPES) and meta["num_classes"] == 8 and meta["resolution"] == 16
         assert all(meta["class_names"][label] in caption for label, caption in zip(labels, captions))
     assert (load_folder(toy)[1][:500] == load_folder(toy / "val")[1]).mean() < 0.3  # other draws, not the same again
     assert not toy.with_name("toy.partial").exists()
@@ -291,7 +293,7 @@ def test_teacher_and_judge_files(toy):
 def test_toy_and_training_are_deterministic(tmp_path):
     for name in ("one", "two"):
         torch.rand(3)  # the state of the global generator must not matter
-        prepare.prepare_toy(tmp_path / name, count=300, val_count=50, steps=3, judge_steps=3)
+        prepare_toy(tmp_path / name, count=300, val_count=50, steps=3, judge_steps=3)
     one, two = read_bytes(tmp_path / "one"), read_bytes(tmp_path / "two")
     assert one.keys() == two.keys()
     for name in one:
@@ -300,16 +302,16 @@ def test_toy_and_training_are_deterministic(tmp_path):
             assert all(torch.equal(first["model"][key], second["model"][key]) for key in first["model"]), name
         else:
             assert one[name] == two[name], name
-    prepare.prepare_toy(tmp_path / "more", count=300, val_count=50, steps=5, judge_steps=3)
+    prepare_toy(tmp_path / "more", count=300, val_count=50, steps=5, judge_steps=3)
     judges = [torch.load(tmp_path / n / "judge.pt", weights_only=True)["model"] for n in ("one", "more")]
     assert all(torch.equal(judges[0][key], judges[1][key]) for key in judges[0])  # the judge ignores the teacher
 
 
 def test_caption_words_know_their_place():
     captions = ["a red disc on blue", "a blue disc on red"] * 50
-    words = prepare.caption_words(captions)
+    words = caption_words(captions)
     assert words == [(1, "blue"), (1, "red"), (4, "blue"), (4, "red")]
-    assert prepare.caption_targets(captions[:2], words).tolist() == [[0, 1, 1, 0], [1, 0, 0, 1]]
+    assert caption_targets(captions[:2], words).tolist() == [[0, 1, 1, 0], [1, 0, 0, 1]]
 
 
 def test_teacher_holds_out_without_val(tmp_path, capsys):
@@ -320,7 +322,7 @@ def test_teacher_holds_out_without_val(tmp_path, capsys):
     images = np.random.RandomState(0).randint(0, 60, (200, 8, 8, 3)) + 150 * labels[:, None, None, None]
     np.save(folder / "images.npy", images.astype(np.uint8))
     labels[::20] = 1 - labels[::20]
-    prepare.write_labels_and_meta(folder, labels, "test", 8, ["dark", "bright"])
+    write_labels_and_meta(folder, labels, "test", 8, ["dark", "bright"])
     prepare.main(["teacher", "--data", str(folder), "--steps", "30", "--judge-steps", "30"])
     printed = capsys.readouterr().out
     assert "teacher: 0.00 % of 10 held-out" in printed and "judge: 0.00 % of 10 held-out" in printed

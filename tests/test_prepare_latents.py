@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 import prepare
-from common import (LATENT_SCALE, AutoencoderKL, PreparedData, clean_input, load_decoder, load_vae,
-                    pixels_to_uint8)
+from support import pictures
+from support.dataset import PreparedData, clean_input, read_meta
+from support.vae import LATENT_SCALE, AutoencoderKL, load_decoder, load_vae, pixels_to_uint8
 from test_prepare import error_of, read_bytes, write_images
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,7 +128,7 @@ def straight(folder, tmp_path_factory, vae):
 def test_moments_are_mean_and_std_of_the_cropped_pixels(folder, straight, vae):
     data = PreparedData(straight, 32)
     names = [f"a/{i:03d}.png" for i in range(12) if i != 3] + [f"b/{i:03d}.png" for i in range(8)]
-    crops = [prepare.center_crop(Image.open(folder / name).convert("RGB"), 32) for name in names]
+    crops = [pictures.center_crop(Image.open(folder / name).convert("RGB"), 32) for name in names]
     assert np.array_equal(data.array("images"), crops)
     assert data.array("labels").tolist() == [0] * 11 + [1] * 8
     exact = expected(vae, crops)
@@ -153,7 +154,7 @@ def test_vae_flags(folder, tmp_path, loaded, monkeypatch, capsys):
     run("--images", folder, "--out", tmp_path / "x")
     run("--images", folder, "--out", tmp_path / "y", "--vae", "ft-ema", "--vae-ckpt", "some.file")
     assert loaded == [("ft-mse", ""), ("ft-ema", "some.file")]
-    assert prepare.read_meta(tmp_path / "y")["vae"] == "sd-vae-ft-ema"
+    assert read_meta(tmp_path / "y")["vae"] == "sd-vae-ft-ema"
     printed = capsys.readouterr().out
     assert f"21 images in 2 classes; {tmp_path / 'x'} needs 0.000 GB of disk" in printed
     assert "19 images, 2 classes; 2 unreadable ones, named above, are left out" in printed
@@ -399,7 +400,7 @@ def test_errors(folder, tmp_path, monkeypatch, vae):
         assert not (tmp_path / "x").exists()
         return message
 
-    assert "--resolution 36 is no multiple of 8" in error("--resolution", "36")
+    assert "--resolution 36 is not a multiple of 8" in error("--resolution", "36")
     assert "--help lists the flags" in error("--vae", "kl-f8")
     assert "--from-repa DIR" in error("--from-repa", str(folder))
     with monkeypatch.context() as patch:
@@ -413,7 +414,7 @@ def test_errors(folder, tmp_path, monkeypatch, vae):
     assert "not with toy" in error_of(prepare.main, ["toy", "--out", str(tmp_path / "toy")])
     monkeypatch.undo()  # the loader itself again
     (tmp_path / "file").write_text("hello")
-    assert "file is no checkpoint" in error("--vae-ckpt", str(tmp_path / "file"))
+    assert "file is not a checkpoint" in error("--vae-ckpt", str(tmp_path / "file"))
     torch.save({"model": torch.zeros(3)}, tmp_path / "file")
     assert "does not fit this VAE" in error("--vae-ckpt", str(tmp_path / "file"))
     assert "no checkpoint" in error("--vae-ckpt", str(tmp_path / "nowhere"))
@@ -479,7 +480,7 @@ def test_images_by_a_trained_autoencoder(folder, trained_vae, tmp_path, real_loa
     with torch.no_grad():
         difference = decode(x).int() - pixels_to_uint8(vae.decode(z)).int()
     assert difference.abs().max() <= 1 and difference.ne(0).float().mean() < 0.05
-    assert "is no multiple of 2" in error_of(prepare.main, ["--images", str(folder), "--out", str(tmp_path / "y"),
+    assert "is not a multiple of 2" in error_of(prepare.main, ["--images", str(folder), "--out", str(tmp_path / "y"),
                                                             "--vae", str(trained_vae), "--resolution", "31"])
 
 
@@ -531,7 +532,7 @@ def test_errors_of_trained_autoencoders(straight, trained_vae, folder, tmp_path,
         return message
 
     torch.save({"model": torch.zeros(3)}, tmp_path / "file")
-    assert "no autoencoder of reals.py" in error("--images", folder, "--vae", tmp_path / "file")
+    assert "not an autoencoder trained here" in error("--images", folder, "--vae", tmp_path / "file")
     assert "brings its own latents" in error("--from-repa", folder, "--vae", trained_vae)
     assert "with which autoencoder" in error("--from", straight, "--vae", "none")
     assert "--from data/OTHER" in error("--from", straight, "--images", folder)

@@ -7,7 +7,8 @@ import torch
 from torch import distributed as dist
 from torch.distributed.distributed_c10d import BackendConfig
 
-import prepare
+from support.pairs import prepare_pairs
+from support.toy import prepare_toy
 from test_copies import SCRIPTS
 from test_training import ROOT, TORCHRUN, finish, start
 
@@ -54,8 +55,8 @@ def test_a_group_without_a_name_serves_the_gpu_alone():
 def toys(tmp_path_factory):
     """A folder with small versions of both toys, where `python SCRIPT` would put them."""
     home = tmp_path_factory.mktemp("ranks")
-    prepare.prepare_toy(home / "data/toy", count=480, val_count=300, steps=3, judge_steps=3)
-    prepare.prepare_pairs(home / "data/pairs", count=480, steps=3)
+    prepare_toy(home / "data/toy", count=480, val_count=300, steps=3, judge_steps=3)
+    prepare_pairs(home / "data/pairs", count=480, steps=3)
     return home
 
 
@@ -65,7 +66,9 @@ def ends(toys):
 
     One start of torchrun serves all scripts; rank 0 writes every checkpoint late.
     """
-    (toys / "jobs.json").write_text(json.dumps({name: ["--max-train-steps", "4"] for name in NAMES}))
+    jobs = {name: ["--max-train-steps", "4"] for name in NAMES}
+    jobs["erw"] += ["--warmup-steps", "2"]  # phase I cannot be sampled
+    (toys / "jobs.json").write_text(json.dumps(jobs))
     code, stdout, stderr = finish(start([*TORCHRUN, ROOT / "tests/whole_toy.py", "jobs.json"], cwd=toys))
     assert code == 0, stdout[-2000:] + stderr[-2000:]
     return json.loads((toys / "ends.json").read_text())

@@ -7,15 +7,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import common
 import prepare
 import reals
 import repa
-from common import LPIPS, AutoencoderKL, PreparedData, clean_input, load_lpips
 from golden_utils import Fixture, official_keys, state_shapes
+from support.dataset import PreparedData, clean_input, images_to_input
+from support.lpips import LPIPS, load_lpips
+from support.vae import AutoencoderKL, load_decoder, load_trained_vae, pixels_to_uint8
 from test_clip import ldm_name
-from test_training import (TORCHRUN, as_a_fresh_process, assert_same_run, command, finish, last,  # noqa: F401
-                           make_data, relative_error, start)
+from test_training import (  # noqa: F401
+    TORCHRUN,
+    as_a_fresh_process,
+    assert_same_run,
+    command,
+    finish,
+    last,
+    make_data,
+    relative_error,
+    start,
+)
 from two_ranks import record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -255,6 +265,10 @@ def test_gradients_reach_encoder_decoder_and_both_heads(model, images):
 STEPS = 8
 
 
+def parsed(argv):
+    return reals.parse(argv, reals.Config, reals.MODELS, reals.RECIPES, reals.RANGES)
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     return tmp_path_factory.mktemp("reals")
@@ -292,8 +306,8 @@ def test_half_and_half_is_the_whole(data, home, trained):
     ours, theirs = last(home / "halves"), last(trained)
     for part in ("disc", "optimizer_d"):
         assert str(ours[part]) == str(theirs[part])
-    moved = ours["disc"]["main.0.weight"] - reals.build(reals.parse(["--align-coeff", "0"]), reals.setup(
-        reals.parse([])))[2].main[0].weight
+    moved = ours["disc"]["main.0.weight"] - reals.build(parsed(["--align-coeff", "0"]), reals.setup(
+        parsed([])))[2].main[0].weight
     assert moved.abs().sum() > 0
 
 
@@ -318,7 +332,7 @@ def test_adversarial_gradients_are_the_formula_s(data, home):
     """One step of each network on one batch, from the weights of a checkpoint."""
     main(flags(data, home / "gan-step", 1, "--disc-coeff", 0.1, "--disc-start", 0, "--flip-prob", 0,
                "--max-grad-norm", 1e9))
-    cfg = reals.parse([str(a) for a in flags(data, home / "x", 1, "--disc-coeff", 0.1, "--flip-prob", 0)])
+    cfg = parsed([str(a) for a in flags(data, home / "x", 1, "--disc-coeff", 0.1, "--flip-prob", 0)])
     run = reals.setup(cfg)
     teacher, model, disc, _ = reals.build(cfg, run)
     batch = next(reals.micro_batches(PreparedData(data, 16), 0, 8, run))
@@ -389,11 +403,11 @@ def test_reconstructions_do_not_depend_on_batch_or_ranks(data, home, trained, tw
     images, labels = np.load(data / "images.npy")[1::2], np.load(data / "labels.npy")[1::2]
     rows = np.linspace(0, len(labels) - 1, 6).astype(int)
     assert whole["labels"].tolist() == labels[rows].tolist()
-    vae = common.load_trained_vae(trained / "vae.pt")
+    vae = load_trained_vae(trained / "vae.pt")
     with torch.no_grad():
         expected = vae.decode(vae.encode(torch.from_numpy(images[rows]).permute(0, 3, 1, 2) / 127.5 - 1)[0])
     for found in (whole, parts, pair):
-        difference = found["arr_0"].astype(int) - common.pixels_to_uint8(expected).numpy()
+        difference = found["arr_0"].astype(int) - pixels_to_uint8(expected).numpy()
         assert abs(difference).max() <= 1 and (difference == 0).mean() > 0.99
     assert (home / "rebuilt/reconstructions.png").stat().st_size > 1000
 
@@ -401,17 +415,17 @@ def test_reconstructions_do_not_depend_on_batch_or_ranks(data, home, trained, tw
 def test_figures_and_statistics(data, trained):
     """What a run writes at its end, computed again from its file."""
     saved = torch.load(trained / "vae.pt", weights_only=True)
-    cfg = reals.parse([str(a) for a in flags(data, trained, STEPS)])
+    cfg = parsed([str(a) for a in flags(data, trained, STEPS)])
     figures = json.loads((trained / f"figures-{STEPS}.json").read_text())
     images, labels, test_images, test_labels = reals.probe_sets(cfg)
     assert len(images) == len(test_images) == 16
     pairs = [{image.numpy().tobytes() for image in part} for part in (images, test_images)]
     assert not pairs[0] & pairs[1]
-    vae = common.load_trained_vae(trained / "vae.pt")
+    vae = load_trained_vae(trained / "vae.pt")
     with torch.no_grad():
-        (mean, std), (test_mean, _) = (vae.encode(reals.to_input(part)) for part in (images, test_images))
+        (mean, std), (test_mean, _) = (vae.encode(images_to_input(part)) for part in (images, test_images))
         x_hat = vae.decode(test_mean).clamp(-1, 1)
-    mse = (x_hat - reals.to_input(test_images)).square().mean(dim=(1, 2, 3))
+    mse = (x_hat - images_to_input(test_images)).square().mean(dim=(1, 2, 3))
     assert figures["psnr"] == pytest.approx((10 * torch.log10(4 / mse)).mean().item(), abs=1e-3)
     assert figures["probe"] == reals.ridge_probe(mean, labels, test_mean, test_labels)
     assert figures.keys() == {"step", "psnr", "probe", "latent_std", "align_cosine"}
@@ -429,7 +443,7 @@ def test_held_out_images_are_those_of_val(data, home):
     shutil.copytree(data, copy)
     shutil.copytree(data, copy / "val")
     np.save(copy / "val/images.npy", 255 - np.load(data / "images.npy"))
-    _, _, images, _ = reals.probe_sets(reals.parse(["--data", str(copy), "--probe-images", "1000"]))
+    _, _, images, _ = reals.probe_sets(parsed(["--data", str(copy), "--probe-images", "1000"]))
     assert len(images) == 100 and torch.equal(images, torch.from_numpy(255 - np.load(data / "images.npy")))
 
 
@@ -469,7 +483,7 @@ def test_lpips_acts_and_is_no_part_of_the_checkpoint(data, home, lpips_files):
 
 def test_bf16_networks_and_fp32_losses(data, home):
     """The latent is not rounded to bf16, though the networks run in it."""
-    cfg = reals.parse([str(a) for a in flags(data, home / "x", 1)])
+    cfg = parsed([str(a) for a in flags(data, home / "x", 1)])
     run = reals.setup(cfg)
     model = reals.build(cfg, run)[1]
     x, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 8, 8)
@@ -509,7 +523,7 @@ def test_init(form, trained, tmp_path):
     else:
         is_whole = form == "LDM checkpoint"
         torch.save(dict(state_dict=ldm | {"loss.logvar": torch.zeros(())}) if is_whole else ldm, path)
-    fresh = reals.init_from(str(path), model)
+    fresh = reals.init_autoencoder(str(path), model)
     assert fresh == ([] if form == "last.pt" else ["align"])
     assert all(torch.equal(w, weights[name]) for name, w in model.vae.state_dict().items())
 
@@ -524,7 +538,8 @@ def test_init_is_said_and_begins_the_run(data, trained, home, capsys):
 def test_init_by_name_asks_the_hub(monkeypatch):
     asked = []
     monkeypatch.setattr(reals, "load_vae", lambda name: asked.append(name) or AutoencoderKL(**reals.MODELS["toy"]))
-    assert reals.init_from("ft-mse", reals.ReaLS(reals.MODELS["toy"], 8, 4, 8)) == ["align"] and asked == ["ft-mse"]
+    fresh = reals.init_autoencoder("ft-mse", reals.ReaLS(reals.MODELS["toy"], 8, 4, 8))
+    assert fresh == ["align"] and asked == ["ft-mse"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -541,18 +556,18 @@ def test_others_train_on_the_latents(data, home, trained, tmp_path, capsys):
     assert np.array_equal(prepared.array("images"), np.load(data / "images.npy"))
     assert (out / "teacher.pt").read_bytes() == (data / "teacher.pt").read_bytes()
     batch = prepared[np.arange(100)]
-    vae = common.load_trained_vae(trained / "vae.pt")
+    vae = load_trained_vae(trained / "vae.pt")
     with torch.no_grad():
-        mean, std = vae.encode(reals.to_input(batch["images"]))
+        mean, std = vae.encode(images_to_input(batch["images"]))
     noise = torch.randn(mean.shape)
     x = clean_input(batch, prepared.meta, noise)
     a_mean, a_std = [torch.tensor(saved[name]).view(-1, 1, 1) for name in ("latent_mean", "latent_std")]
     torch.testing.assert_close(x, (mean + std * noise - a_mean) / a_std, rtol=5e-3, atol=5e-3)
     assert x.mean(dim=(0, 2, 3)).abs().max() < 0.3 and (x.std(dim=(0, 2, 3)) - 1).abs().max() < 0.3
-    decode = common.load_decoder(prepared.meta, "ft-ema", "", torch.device("cpu"))
+    decode = load_decoder(prepared.meta, "ft-ema", "", torch.device("cpu"))
     with torch.no_grad():
         z = mean + std * noise
-        expected = common.pixels_to_uint8(vae.decode(z)).int()
+        expected = pixels_to_uint8(vae.decode(z)).int()
         assert (decode((z - a_mean) / a_std).int() - expected).abs().max() <= 1
 
     for more in (["--proj-coeff", "0"], []):  # without a teacher, and with it: its tokens are toy/2's

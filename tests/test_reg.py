@@ -10,9 +10,13 @@ import torch
 import check_reg
 import reg
 import repa
-from common import SIT_SIZES, TEACHERS, image_randn, lognormal_time, sample
+from common import SIT_SIZES, lognormal_time, sample
 from golden_utils import Fixture, official_keys, state_shapes
 from reg import REGSiT, guidance_scales, reg_loss
+from support import flags
+from support.dataset import PreparedData, image_randn
+from support.teachers import TEACHERS, load_teacher
+from support.vae import load_decoder
 from test_training import as_a_fresh_process, command, make_data  # noqa: F401
 
 GOLDEN = Fixture("reg")
@@ -20,6 +24,10 @@ CONFIG = GOLDEN.config
 PATCHES = GOLDEN.input("zs_patches")
 CLS = GOLDEN.input("cls")
 ZS = torch.cat([CLS.unsqueeze(1), PATCHES], dim=1)
+
+
+def parse(argv):
+    return flags.parse(argv, reg.Config, SIT_SIZES, reg.RECIPES, reg.RANGES)
 
 
 def small_reg(config=CONFIG, **changes):
@@ -192,7 +200,7 @@ def test_guidance_of_the_class_token():
 def test_recipes():
     """Table 12 and eval.sh of the official code."""
     for size, depth in [("B", 4), ("L", 8), ("XL", 8)]:
-        cfg = reg.parse(["--model", f"SiT-{size}/2"])
+        cfg = parse(["--model", f"SiT-{size}/2"])
         assert (cfg.encoder_depth, cfg.proj_coeff, cfg.cls_coeff) == (depth, 0.5, 0.03)
         assert (cfg.mode, cfg.num_steps, cfg.heun) == ("sde", 250, False)
         assert (*guidance_scales(cfg), cfg.guidance_low, cfg.guidance_high) == (2.3, 2.3, 0, 0.85)
@@ -247,7 +255,7 @@ def test_the_teacher_gives_the_class_token(precision, data, tmp_path, monkeypatc
         assert cls.shape == noise_cls.shape == (8, 32) and z.shape == (8, 17, 32) and torch.equal(z[:, 0], cls)
         assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in (cls, z, x, *terms))
         images = ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-        teacher = reg.load_teacher("prepared", 16, str(data / "teacher.pt"))
+        teacher = load_teacher("prepared", 16, str(data / "teacher.pt"))
         torch.testing.assert_close(cls, teacher(images)[0], **({} if precision == "fp32" else dict(atol=0.1, rtol=0.1)))
         torch.testing.assert_close(z[:, 1:], teacher(images)[1],
                                    **({} if precision == "fp32" else dict(atol=0.1, rtol=0.1)))
@@ -298,7 +306,7 @@ def test_class_tokens_are_stored_beside_the_images(mode, trained, tmp_path):
                     cfg_scale=(2.0, 3.0), guidance_low=0.5, guidance_high=0.8, randn=randn)
     assert found["cls"].dtype == np.float32
     torch.testing.assert_close(torch.from_numpy(found["cls"]), cls, rtol=1e-4, atol=1e-4)
-    difference = torch.from_numpy(found["arr_0"]).int() - reg.load_decoder(dict(vae=None), "", "", "cpu")(x).int()
+    difference = torch.from_numpy(found["arr_0"]).int() - load_decoder(dict(vae=None), "", "", "cpu")(x).int()
     assert difference.abs().max() <= 1 and found["arr_0"].std() > 1 and found["labels"].tolist() == y.tolist()
 
 
@@ -332,11 +340,11 @@ def test_official_files(trained, tmp_path, error_of, monkeypatch):
 
 def test_do_class_tokens_fit_their_images(data, tmp_path):
     """The toy's diagnostic: on tokens that fit, that fit another image of their class, and that fit nothing."""
-    cfg = reg.parse(["--data", str(data)])
-    run, real = reg.setup(cfg), reg.PreparedData(str(data), 16)
+    cfg = parse(["--data", str(data)])
+    run, real = reg.setup(cfg), PreparedData(str(data), 16)
     order = np.argsort(real.array("labels"), kind="stable")  # by class, so that a neighbour is of the same class
     images, labels = real.array("images")[order], real.array("labels")[order]
-    tokens = reg.load_teacher("prepared", 16, str(data / "teacher.pt"))(torch.tensor(images))[0]
+    tokens = load_teacher("prepared", 16, str(data / "teacher.pt"))(torch.tensor(images))[0]
     means = torch.stack([tokens[torch.from_numpy(labels == label)].mean(dim=0) for label in range(4)])
 
     def figures(cls):

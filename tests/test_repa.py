@@ -4,9 +4,10 @@ import copy
 import pytest
 import torch
 
-from common import clean_input, interpolate, lognormal_time
+from common import interpolate, lognormal_time
 from golden_utils import Fixture
 from repa import optimizer_step, repa_loss, update_ema
+from support.dataset import clean_input
 from test_sit import small_repa
 
 GOLDEN = Fixture("repa")

@@ -15,19 +15,46 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch import distributed as dist
 from torchvision.utils import save_image
 
 import repavit
 from common import SIT_SIZES, SiT
 from golden_utils import Fixture
-from repavit import MODELS, FoldedFFN, IdleFFN, IdleMlp, IdleSiTBlock, RePaViT, fold, multiply_adds, repavit_loss
-from test_training import (ROOT, TORCHRUN, as_a_fresh_process, assert_same_run, break_off, finish, kill,  # noqa: F401
-                           last, relative_error, start)
+from repavit import (
+    MODELS,
+    FoldedFFN,
+    IdleFFN,
+    IdleMlp,
+    IdleSiTBlock,
+    RePaViT,
+    fold,
+    multiply_adds,
+    repavit_loss,
+)
+from support import flags as command_line
+from test_training import (  # noqa: F401
+    ROOT,
+    TORCHRUN,
+    as_a_fresh_process,
+    assert_same_run,
+    break_off,
+    finish,
+    kill,
+    last,
+    relative_error,
+    start,
+)
 from two_ranks import record
 
 GOLDEN = Fixture("repavit")
 CONFIG = GOLDEN.config
 THETAS = [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def parse(arguments):
+    """The script's Config from its command line."""
+    return command_line.parse(arguments, repavit.Config, repavit.MODELS, repavit.RECIPES, repavit.RANGES)
 
 
 def small(idle_ratio=CONFIG["idle_ratio"], feature_norm="BatchNorm", **changes):
@@ -164,11 +191,13 @@ def test_the_published_table_is_ours():
     The vanilla forms are DeiT and ViT proper there: a patch embedding with bias and no norm before the blocks.
     """
     rows = re.findall(r"^    (\w+) +idle (\.\d+) +([\d.]+) -> +([\d.]+) M +([\d.]+) -> +([\d.]+) GMAC",
-                      repavit.__doc__, re.MULTILINE)
+                      (ROOT / "docs/results.md").read_text(), re.MULTILINE)
+    quoted = re.findall(r"^    (\w+) +idle (\.\d+) +([\d.]+) -> +([\d.]+) M ", repavit.__doc__, re.MULTILINE)
+    assert len(quoted) == 2 and set(quoted) <= {row[:4] for row in rows}
     assert len(rows) == 5
     for name, *figures in rows:
         idle_ratio, vanilla, folded, vanilla_macs, folded_macs = map(float, figures)
-        assert repavit.parse(["--model", f"RePaViT_{name}"]).idle_ratio == idle_ratio
+        assert parse(["--model", f"RePaViT_{name}"]).idle_ratio == idle_ratio
         full = on_meta(f"RePaViT_{name}", 0, feature_norm="LayerNorm")
         small = on_meta(f"RePaViT_{name}", idle_ratio, folded=True)
         assert round(millions(small), 1) == folded and millions(full) == pytest.approx(vanilla, abs=0.051, rel=1e-3)
@@ -372,7 +401,7 @@ def place(rank=0, world=1, micro_batch=8):
 
 
 def settings(data, *more):
-    return repavit.parse(flags(data, "unused", 6, *more))
+    return parse(flags(data, "unused", 6, *more))
 
 
 class Places(torch.utils.data.Dataset):
@@ -386,7 +415,7 @@ class Places(torch.utils.data.Dataset):
 
 
 def stream(cfg, count, first_step=0, run=None):
-    loader = repavit.micro_batches(Places(), cfg, run or place(), first_step)
+    loader = repavit.augmented_batches(Places(), cfg, run or place(), first_step)
     found = [next(loader) for _ in range(count)]
     return [torch.cat(column).tolist() for column in zip(*found)]
 
@@ -446,7 +475,7 @@ def test_prepared_data_and_image_folders_are_the_same_images(data, tmp_path):
 
 def test_the_learning_rate_is_timms_schedule():
     from timm.scheduler import CosineLRScheduler
-    cfg = repavit.parse(["--model", "RePaViT_Large", "--max-train-steps", "300", "--warmup-steps", "20"])
+    cfg = parse(["--model", "RePaViT_Large", "--max-train-steps", "300", "--warmup-steps", "20"])
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.learning_rate)
     schedule = CosineLRScheduler(optimizer, t_initial=300, lr_min=cfg.min_learning_rate, warmup_t=20,
                                  warmup_lr_init=1e-6, t_in_epochs=False)
@@ -460,7 +489,7 @@ def test_the_learning_rate_is_timms_schedule():
     ("Tiny", 4e-3, 5e-5, 0.1, 0.5), ("Small", 4e-3, 5e-5, 0.1, 0.5), ("Base", 4e-3, 5e-5, 0.1, 0.75),
     ("Large", 1e-3, 5e-5, 0.3, 0.75), ("Huge", 1e-3, 5e-5, 0.3, 0.75)])
 def test_recipes_are_the_papers(name, lr, least, drop, idle):
-    cfg = repavit.parse(["--model", f"RePaViT_{name}"])
+    cfg = parse(["--model", f"RePaViT_{name}"])
     assert (cfg.learning_rate, cfg.min_learning_rate, cfg.drop_path, cfg.idle_ratio) == (lr, least, drop, idle)
     assert (cfg.batch_size, cfg.weight_decay, cfg.max_grad_norm, cfg.ema_decay) == (4096, 0.05, 1.0, 0.99996)
     steps = 1_281_167 // 4096
@@ -602,13 +631,13 @@ def two_ranks(data, home):
 def test_two_ranks_average_two_halves(data, two_ranks):
     """BatchNorm and mixup act in each rank's batch, so two ranks are not one: they are the mean of two halves."""
     from timm.data import Mixup
-    cfg = repavit.parse(two_ranks.args)
+    cfg = parse(two_ranks.args)
     images = repavit.Images(cfg, "train")
     gradients, statistics = [], []
     for rank in (0, 1):
         run = SimpleNamespace(rank=rank, world=2, micro_batch=4, device=torch.device("cpu"))
         model, _ = repavit.build(cfg, images, run)
-        batch = next(repavit.micro_batches(images, cfg, run, 0))
+        batch = next(repavit.augmented_batches(images, cfg, run, 0))
         _, uniform = repavit.step_draws(0, 1, 8, run)
         keep = (uniform(4, 2) >= model.drop_rates).float()
         np.random.seed(repavit.mix_seed(0, 1, rank, 0) % 2**32)
@@ -629,17 +658,17 @@ def test_all_ranks_judge_rank_0s_statistics(data):
     mine = RePaViT(16, CLASSES, MODELS["toy"], 0.75).eval()
     first = random_statistics(copy.deepcopy(mine))
     theirs = dict(zip(map(id, mine.buffers()), first.buffers()))
-    with mock.patch.object(repavit.dist, "broadcast", lambda buffer, rank: buffer.copy_(theirs[id(buffer)])), \
-            mock.patch.object(repavit.dist, "all_reduce"):
-        repavit.evaluate(cfg, place(rank=1, world=2), [mine], repavit.Images(cfg, "val"))
+    with mock.patch.object(dist, "broadcast", lambda buffer, rank: buffer.copy_(theirs[id(buffer)])), \
+            mock.patch.object(dist, "all_reduce"):
+        repavit.accuracy(cfg, place(rank=1, world=2), [mine], repavit.Images(cfg, "val"))
     assert all(map(torch.equal, mine.buffers(), first.buffers()))
 
 
 def test_two_ranks_judge_all_images_once(data, two_ranks):
     """Their accuracy is that of the saved model."""
-    cfg = repavit.parse(two_ranks.args)
+    cfg = parse(two_ranks.args)
     model = repavit.load_model(cfg, two_ranks.folder / "run/last.pt")
-    (top1,), _, _ = repavit.evaluate(cfg, place(), [model], repavit.Images(cfg, "val"))
+    (top1,), _, _ = repavit.accuracy(cfg, place(), [model], repavit.Images(cfg, "val"))
     assert f"step 3: {top1:.2%} of 36 val images right" in two_ranks.stdout
 
 
@@ -657,7 +686,7 @@ def test_accuracy_and_differences_are_counted(data):
             logits = images.mean((2, 3)) * 10
             return torch.where(torch.tensor(self.wrong), logits.roll(1, 1), logits) * 1.0
     sure, err = Knows(False), Knows(True)
-    (right, wrong), largest, differ = repavit.evaluate(cfg, place(), [sure, err], val)
+    (right, wrong), largest, differ = repavit.accuracy(cfg, place(), [sure, err], val)
     assert right == 1 and wrong < 0.2 and differ == 36 and largest > 1
 
 
@@ -717,7 +746,7 @@ def test_official_checkpoints_are_read(tmp_path, capsys, wrapped):
     out = capsys.readouterr().out
     assert "RePaViT_Tiny, 0.75 of the channels idle" in out
     assert re.search(r"folded +3.49\d M +0.639 G", out), out
-    loaded = repavit.load_model(repavit.parse(["--model", "RePaViT_Tiny"]), tmp_path / "RePaViT-Tiny-folded.pt")
+    loaded = repavit.load_model(parse(["--model", "RePaViT_Tiny"]), tmp_path / "RePaViT-Tiny-folded.pt")
     images = torch.randn(1, 3, 224, 224)
     torch.testing.assert_close(loaded(images), model.eval()(images), rtol=1e-4, atol=1e-5)
 
@@ -803,18 +832,18 @@ def test_starting_from_weights(trained, data, tmp_path, capsys):
 
 @pytest.mark.parametrize("bad, message", [
     (["--data", "nowhere"], "no images in nowhere/train: --data must hold train/CLASS"),
-    (["--resolution", 18], "no multiple of the patch size 4"),
+    (["--resolution", 18], "not a multiple of the patch size 4"),
     (["--batch-size", 7], "mixup pairs the images"),
-    (["--micro-batch", 3], "no multiple of"),
+    (["--micro-batch", 3], "not a multiple of"),
     (["--idle-ratio", 1.5], "--idle-ratio 1.5 must lie between 0 and 1"),
     (["--drop-path", 1], "--drop-path 1.0 must lie between 0 and 0.99"),
     (["--feature-norm", "GroupNorm"], "--feature-norm"),
     (["--augment", "none"], "--augment"),
     (["--model", "RePaSwin_Tiny"], "unknown --model RePaSwin_Tiny"),
     (["--warmup-steps", -1], "--warmup-steps -1 must lie between 0"),
-    (["--reparam", "nowhere.pt"], "no checkpoint nowhere.pt"),
+    (["--reparam", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
     (["--sample", 4], "--sample needs --ckpt"),
-    (["--sample", 4, "--ckpt", "nowhere.pt"], "no checkpoint nowhere.pt"),
+    (["--sample", 4, "--ckpt", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
 ])
 def test_bad_values_get_one_line(data, tmp_path, bad, message):
     assert message in refused([*flags(data, tmp_path / "run", 2), *bad])
@@ -828,7 +857,7 @@ def test_wrong_files_get_one_line(data, trained, tmp_path):
     torch.save(weights | {"blocks.7.mlp.fc1.weight": torch.zeros(1)}, tmp_path / "deep.pt")
     assert "no model of this script" in refused(["--reparam", tmp_path / "deep.pt"])
     torch.save(weights | {"extra": torch.zeros(1)}, tmp_path / "extra.pt")
-    assert "extra is missing, too much" in refused(["--reparam", tmp_path / "extra.pt", "--model", "toy"])
+    assert "1 names or shapes differ, first extra" in refused(["--reparam", tmp_path / "extra.pt", "--model", "toy"])
     two = write_other(tmp_path / "two")
     assert "two has 2 classes" in refused(["--reparam", trained / "last.pt", "--eval", "--data", two])
     assert "learning_rate" in refused(flags(data, trained, 12, "--augment", "deit", "--learning-rate", 1))

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import image_randn, sample, velocity_to_score
+from common import sample, velocity_to_score
 from golden_utils import Fixture
+from support.dataset import image_randn
 from test_sit import small_repa
 
 GOLDEN = Fixture("samplers")

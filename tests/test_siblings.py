@@ -10,8 +10,18 @@ import pytest
 import torch
 
 from test_copies import SCRIPTS
-from test_training import (ROOT, TORCHRUN, as_a_fresh_process, assert_same_images, assert_same_run,  # noqa: F401
-                           command, finish, make_data, relative_error, start)
+from test_training import (  # noqa: F401
+    ROOT,
+    TORCHRUN,
+    as_a_fresh_process,
+    assert_same_images,
+    assert_same_run,
+    command,
+    finish,
+    make_data,
+    relative_error,
+    start,
+)
 from two_ranks import SETTLED, record
 
 STEPS = 12
@@ -114,7 +124,8 @@ def test_ranks_exchange_one_gradient_a_step_and_nothing_else(name, two_ranks):
     for step, gradient in enumerate(notes["gradients"]):
         assert sum(count for made, count in notes["buckets"] if made == step) == gradient.numel()
     assert notes["reductions"] == [2, 4, 6]
-    assert notes["collectives"] == {"c10d::allreduce_": sum(made >= SETTLED for made, _ in notes["buckets"]) + 2}
+    assert notes["collectives"] == {"c10d::allreduce_": sum(made >= SETTLED for made, _ in notes["buckets"]) + 2,
+                                    "c10d::barrier": 1}  # after the last step, until rank 0 has saved
 
 
 @of_scripts

@@ -2,9 +2,10 @@
 import pytest
 import torch
 
-from common import SIT_SIZES, SiT, convert_willisma_sit, init_from, load_weights, sit_from_weights, timestep_embedding
+from common import SIT_SIZES, SiT, timestep_embedding
 from golden_utils import Fixture, official_keys, state_shapes
 from repa import REPASiT
+from support.checkpoints import convert_willisma_sit, init_from, load_weights, sit_from_weights
 
 
 def small_repa(config):

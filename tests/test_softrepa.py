@@ -1,4 +1,5 @@
 """SoftREPA against the official code, and what must hold of its tokens, loss, chunks, runs, samples and error lines."""
+import copy
 import functools
 import json
 import os
@@ -15,13 +16,26 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 
-import common
 import prepare
 import softrepa
-from common import SD3_MEDIUM, CaptionedData, MMDiT, sample, sd3_times
+import support.sd3
+import support.vae
+from common import FP32Sequential, sample
 from golden_utils import Fixture
-from softrepa import (SoftTokens, contrastive_loss, flow_errors, load_soft, pair_errors, recognise, scheduled_rate,
-                      soft_velocity)
+from softrepa import (
+    SoftTokens,
+    contrastive_loss,
+    flow_errors,
+    load_soft,
+    pair_errors,
+    scheduled_rate,
+    soft_velocity,
+)
+from support.clip import ClipText, Tokenizer
+from support.dataset import CaptionedData, clean_input
+from support.pairs import draw_objects, make_pairs, prepare_pairs, recognise
+from support.sd3 import SD3_MEDIUM, MMDiT, encode_prompts, sd3_times, store_bf16
+from support.vae import AutoencoderKL
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Fixture("softrepa")
@@ -48,6 +62,10 @@ def tokens(use_time=True, name="dc_tokens"):
     if use_time:
         soft.dc_t_tokens.weight.data = GOLDEN.input("dc_t_weight")
     return soft
+
+
+def parse(flags):
+    return softrepa.parse(flags, softrepa.Config, softrepa.MODELS, softrepa.RECIPES, softrepa.RANGES)
 
 
 def texts():
@@ -166,11 +184,30 @@ def test_the_time_picks_the_row():
 def test_trained_numbers_of_sd3():
     for wide, count in ((None, 798_720), (4096, 849_920)):
         assert sum(p.numel() for p in SoftTokens(5, 4, 1536, token_width=wide).parameters()) == count
-    cfg = softrepa.parse(["--model", "sd3"])
+    cfg = parse(["--model", "sd3"])
     assert (cfg.n_dc_layers, cfg.n_dc_tokens, cfg.use_dc_t, cfg.batch_size, cfg.num_steps, cfg.cfg_scale) == (
         5, 4, True, 16, 28, 4.0)
     fresh = SoftTokens(5, 4, 1536)
     assert all(abs(p.std().item() - 0.02) < 1e-3 for p in fresh.parameters())
+
+
+@torch.no_grad()
+def test_bf16_is_for_weights_that_autocast_rounds(model):
+    """What an FP32Sequential holds stays fp32, bit for bit; so the velocity is that of fp32 weights, bit for bit."""
+    stored = store_bf16(copy.deepcopy(model))
+    kept = {f"{name}.{key}" for name, module in model.named_modules() if isinstance(module, FP32Sequential)
+            for key in module.state_dict()}
+    assert {"t_embedder.mlp.0.weight", "joint_blocks.0.x_block.adaLN_modulation.1.bias"} <= kept
+    true = model.state_dict()
+    for name, weight in stored.state_dict().items():
+        if name in kept or name == "pos_embed":
+            assert weight.dtype == torch.float32 and torch.equal(weight, true[name]), name
+        else:
+            assert weight.dtype == torch.bfloat16 and torch.equal(weight, true[name].bfloat16()), name
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = (soft_velocity(m, tokens(), GOLDEN.input("xt"), GOLDEN.input("t") / 1000, *texts())
+                for m in (model, stored))
+    assert torch.equal(a, b)
 
 
 def released(folder, time_rows=100, **sizes):
@@ -242,7 +279,7 @@ def test_recomputing_changes_nothing(model):
 
 
 def test_schedule():
-    cfg = softrepa.parse(["--model", "sd3"])
+    cfg = parse(["--model", "sd3"])
     rates = [scheduled_rate(cfg, step) for step in (1, 500, 501, 2501, 4501, 5000, 5001)]
     assert rates[0] == rates[1] == rates[6] == 1e-3 and rates[4] == rates[5]
     assert rates[2] == pytest.approx(1e-5 + 0.99e-3 * (1 + np.cos(np.pi / 10)) / 2)
@@ -273,7 +310,7 @@ def keep_signals():
 def data(tmp_path_factory):
     """prepare.py's toy: 400 pairs, 20 of them held out, and a model of sixty steps."""
     path = tmp_path_factory.mktemp("softrepa") / "pairs"
-    prepare.prepare_pairs(path, count=400, steps=60)
+    prepare_pairs(path, count=400, steps=60)
     return path
 
 
@@ -325,6 +362,11 @@ def test_the_best_checkpoint_is_the_one_with_the_least_held_out_loss(data, tmp_p
     monkeypatch.setattr(softrepa, "validate", lambda *args: dict(loss=next(losses)))
     softrepa.main(flags(data, tmp_path, 6, "--save-every", 2))
     assert (last(tmp_path, "best.pt")["step"], last(tmp_path)["step"], last(tmp_path)["data"]["best"]) == (4, 6, 1.0)
+
+
+def test_tokens_without_time(data, tmp_path):
+    softrepa.main(flags(data, tmp_path, 1, "--no-use-dc-t"))
+    assert set(last(tmp_path)["soft"]) == {"dc_tokens"}
 
 
 @pytest.mark.parametrize("objective", ["contrastive", "fm"])
@@ -424,8 +466,8 @@ def test_sd3_s_way_through_the_script(tmp_path, monkeypatch, capsys):
 
 
 def test_the_oracle_is_exact_and_sees_every_word():
-    images, labels, context, pooled, captions = prepare.make_pairs(3000, seed=3)
-    objects = prepare.draw_objects()
+    images, labels, context, pooled, captions = make_pairs(3000, seed=3)
+    objects = draw_objects()
     assert (recognise(images, objects) == labels).all()
     noisy = np.clip(images + np.random.RandomState(0).normal(0, 20, images.shape), 0, 255).astype(np.uint8)
     assert (recognise(noisy, objects) == labels).mean() > 0.99
@@ -439,11 +481,11 @@ def test_the_oracle_is_exact_and_sees_every_word():
 
 def test_report(tmp_path, capsys):
     """The table at the end: base and soft, four figures each, and the picture."""
-    prepare.prepare_pairs(tmp_path / "pairs", count=500, steps=2)
+    prepare_pairs(tmp_path / "pairs", count=500, steps=2)
     given = flags(tmp_path / "pairs", tmp_path / "run", 2)
     softrepa.main(given)
-    cfg = softrepa.parse(given)
-    softrepa.report_toy(cfg, softrepa.setup(cfg))
+    cfg = parse(given)
+    softrepa.report_toy(cfg, softrepa.setup(cfg, micro_batch=cfg.nrows))
     lines = capsys.readouterr().out.splitlines()
     table = [line.split() for line in lines if line.startswith(("base  ", "soft  "))]
     assert [row[0] for row in table] == ["base", "soft"] and all(len(row) == 5 for row in table)
@@ -471,15 +513,15 @@ def photos(tmp_path, monkeypatch):
     captions = {f"{i}.png": f"a photo of {i} squares" + " and a circle" * (40 if i == 9 else 0) for i in range(10)}
     (tmp_path / "captions.json").write_text(json.dumps(captions))
     torch.manual_seed(0)
-    vae = common.AutoencoderKL(latent_channels=16, widths=(8, 8, 8, 8), layers=1, groups=4)
+    vae = AutoencoderKL(latent_channels=16, widths=(8, 8, 8, 8), layers=1, groups=4)
     vae.quant_conv = vae.post_quant_conv = nn.Identity()
-    tokenizer = common.Tokenizer(MERGES)
-    towers = [common.ClipText(width=width, layers=2, num_heads=4, vocabulary=len(tokenizer.ids), project=project)
+    tokenizer = Tokenizer(MERGES)
+    towers = [ClipText(width=width, layers=2, num_heads=4, vocabulary=len(tokenizer.ids), project=project)
               for width, project in ((768, False), (1280, True))]
-    text = functools.partial(common.encode_prompts, tokenizer, *towers), tokenizer
-    for module in (prepare, softrepa):
+    text = functools.partial(encode_prompts, tokenizer, *towers), tokenizer
+    for module in (prepare, support.sd3):
         monkeypatch.setattr(module, "load_sd3_text", lambda *args: text)
-    for module in (prepare, common):
+    for module in (prepare, support.vae):
         monkeypatch.setattr(module, "load_sd3_vae", lambda path="": vae)
     return folder, captions, text, vae
 
@@ -510,7 +552,7 @@ def test_the_cache(photos, tmp_path, capsys):
     with torch.no_grad():
         torch.testing.assert_close(batch["moments"][3].float(), torch.cat(vae.encode(pixels), dim=1)[0], rtol=2e-3,
                                    atol=2e-3)
-    x = common.clean_input(batch, train.meta, torch.zeros(10, 16, 4, 4))
+    x = clean_input(batch, train.meta, torch.zeros(10, 16, 4, 4))
     torch.testing.assert_close(x, (batch["moments"][:, :16].float() - 0.0609) * 1.5305)
 
 
@@ -649,7 +691,7 @@ def test_wrong_captions(photos, tmp_path):
     assert "absent.png, which is not there" in says('{"absent.png": "a cat"}')
     (tmp_path / "photos/text.png").write_text("hello")
     assert "text.png' cannot be read" in says('{"text.png": "a cat"}')
-    assert "no multiple of 16" in error_of(prepare_text, tmp_path, "--resolution", "40")
+    assert "not a multiple of 16" in error_of(prepare_text, tmp_path, "--resolution", "40")
     assert "exists already" in error_of(prepare_text, tmp_path, "--out", tmp_path)
 
 

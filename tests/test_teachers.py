@@ -7,8 +7,10 @@ import torch
 import torch.nn as nn
 
 import common
-from common import TEACHERS, clean_input, load_teacher
 from golden_utils import Fixture
+from support import teachers
+from support.dataset import clean_input
+from support.teachers import TEACHERS, load_teacher
 
 TINY = dict(embed_dim=32, depth=2, num_heads=2)
 DINOV2 = {"base": "dinov2-vit-b", "reg": "dinov2reg-vit-b", "giant": "dinov2-vit-g"}  # the fixture's cases
@@ -90,7 +92,7 @@ def official_dinov2(golden, case):
 
 def test_dinov2_equals_the_official_class(tiny, tmp_path, monkeypatch):
     """Official names in a .pth go through load_teacher, and the position table is resampled as REPA does it."""
-    monkeypatch.setattr(common.Teacher, "preprocess", lambda self, x: x)  # the fixture's input is normalised pixels
+    monkeypatch.setattr(teachers.Teacher, "preprocess", lambda self, x: x)  # the fixture's input is normalised pixels
     golden = Fixture("dinov2")
     for case, row in DINOV2.items():
         config = golden.config[case]

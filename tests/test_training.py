@@ -21,6 +21,7 @@ import torch
 
 import common
 import repa
+from support import dataset, teachers
 from two_ranks import record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -259,7 +260,7 @@ def place(rank=0, world=1, micro_batch=4):
 
 def stream(count, batches, seed=0, batch_size=4, run=None, **options):
     """The first micro-batches of a stream of numbers."""
-    loader = common.micro_batches(Numbers(count), seed, batch_size, run or place(micro_batch=batch_size), **options)
+    loader = dataset.micro_batches(Numbers(count), seed, batch_size, run or place(micro_batch=batch_size), **options)
     return [batch["i"].tolist() for batch in itertools.islice(loader, batches)]
 
 
@@ -295,18 +296,18 @@ def test_workers_change_nothing():
 
 @pytest.mark.parametrize("kind", [0, 1])
 def test_draws_of_two_ranks_are_slices_of_one_ranks(kind):
-    whole, *halves = [common.step_draws(5, 7, 8, run)[kind](3, 2) for run in (place(), place(0, 2), place(1, 2))]
+    whole, *halves = [dataset.step_draws(5, 7, 8, run)[kind](3, 2) for run in (place(), place(0, 2), place(1, 2))]
     assert whole.shape == (8, 3, 2)
     assert torch.equal(torch.stack(halves, 1).flatten(0, 1), whole)
 
 
 def test_draws_of_another_seed_or_step_differ():
-    draws = [common.step_draws(seed, step, 8, place())[0](3) for seed, step in [(5, 7), (5, 8), (6, 7), (7, 5)]]
+    draws = [dataset.step_draws(seed, step, 8, place())[0](3) for seed, step in [(5, 7), (5, 8), (6, 7), (7, 5)]]
     assert all(not torch.isclose(a, b).any() for a, b in itertools.combinations(draws, 2))
 
 
 def test_draws_of_a_step_differ_from_each_other():
-    normal, _ = common.step_draws(0, 1, 8, place())
+    normal, _ = dataset.step_draws(0, 1, 8, place())
     assert not torch.isclose(normal(3), normal(3)).any()
 
 
@@ -505,7 +506,7 @@ def compiled_run(data, out, begun, monkeypatch, backend):
     counter, compile_module = CompileCounterWithBackend(backend), torch.nn.Module.compile
     torch._dynamo.reset()
     monkeypatch.setattr(common.SiTBlock, "compile", lambda block: compile_module(block, backend=counter))
-    monkeypatch.setattr(common.Teacher, "compile", lambda teacher: compile_module(teacher, backend="eager"))
+    monkeypatch.setattr(teachers.Teacher, "compile", lambda teacher: compile_module(teacher, backend="eager"))
     notes = record(command(data, out, 3, *gradient_flags(begun), "--compile"))
     torch._dynamo.reset()
     return notes, counter

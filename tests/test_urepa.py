@@ -7,11 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import urepa
 from common import Down, Up, interpolate, rotate
 from golden_utils import Fixture
+from support import checkpoints, dataset, teachers, vae
+from support.flags import parse
 from test_errors import sampling, training, write_data
 from urepa import SiTDown, manifold_loss, rope_2d, to_grid, token_loss, urepa_loss
 
@@ -79,8 +82,8 @@ def test_step_equals_the_composed_official_parts():
 
 def test_losses_equal_simpletuners():
     golden = Fixture("urepa_loss")
-    sizes = dict(hidden_size=golden.config["hidden_size"], depths=(0, 0, 0), num_heads=4, mlp_dim=8, patch_size=2)
-    model = SiTDown(16, 4, 10, sizes, z_dims=[golden.config["z_dim"]], projector_dim=golden.config["projector_dim"])
+    sizes = dict(hidden_size=golden.config["hidden_size"], depths=(0, 1, 0), num_heads=4, mlp_dim=8, patch_size=2)
+    model = SiTDown(16, 4, 10, sizes, 1, [golden.config["z_dim"]], golden.config["projector_dim"])
     golden.fill(model.projectors, "projectors.")
     h, z = golden.input("h").requires_grad_(), golden.input("z")
     golden.check("mlp_out", model.projectors[0](h))
@@ -136,7 +139,8 @@ def test_operations_equal_udits():
 # Sizes
 # ---------------------------------------------------------------------------------------------------------------------
 def full_size(name, z_dims=(768,)):
-    return SiTDown(32, 4, 1000, urepa.MODELS[name], urepa.parse(["--model", name]).encoder_depth, z_dims, 2048)
+    cfg = parse(["--model", name], urepa.Config, urepa.MODELS, urepa.RECIPES)
+    return SiTDown(32, 4, 1000, urepa.MODELS[name], cfg.encoder_depth, z_dims, 2048)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -150,7 +154,7 @@ def test_urepa_published_sizes(name):
 def test_urepa_published_multiply_adds(name):
     def multiply_adds(z_dims):
         """All but attention's own products, which older versions of PyTorch do not count on the CPU."""
-        with FakeTensorMode(), common.flop_counter() as counter, torch.no_grad():
+        with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad():
             full_size(name, z_dims)(torch.empty(1, 4, 32, 32), torch.empty(1), torch.empty(1, dtype=torch.long))
         counts = counter.get_flop_counts()["Global"].items()
         return sum(flops / 2e9 for op, flops in counts if "attention" not in str(op))
@@ -355,7 +359,7 @@ def test_the_total_is_the_papers(data, tmp_path, flags, proj_coeff, manifold_wei
 
 
 def test_the_baseline_runs_no_teacher(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(urepa, "load_teacher", None)
+    monkeypatch.setattr(urepa, "load_teachers", None)
     run([*training(data, tmp_path), "--max-train-steps", 1, "--proj-coeff", 0])
     [line] = log_of(tmp_path)
     assert line["loss"] == line["loss_velocity"] and line["loss_proj"] == line["loss_manifold"] == 0
@@ -372,7 +376,7 @@ def test_the_teacher_sees_the_clean_images_at_their_places(data, tmp_path, monke
     run([*training(data, tmp_path), "--max-train-steps", 1])
     [(x, [z])] = calls
     images = ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    torch.testing.assert_close(z, common.load_teacher("prepared", 16, str(data / "teacher.pt"))(images)[1])
+    torch.testing.assert_close(z, teachers.load_teacher("prepared", 16, str(data / "teacher.pt"))(images)[1])
 
 
 def test_samples_are_the_ema_models(trained, tmp_path):
@@ -385,12 +389,12 @@ def test_samples_are_the_ema_models(trained, tmp_path):
     run(sampling(tmp_path / "ema.pt", tmp_path, "--labels", 3))
     images = np.load(tmp_path / "samples.npz")["arr_0"]
     model.load_state_dict(checkpoint["ema"])
-    noise, y = common.image_randn(0, range(2), "cpu")(3, 16, 16), torch.tensor([3, 3])
+    noise, y = dataset.image_randn(0, range(2), "cpu")(3, 16, 16), torch.tensor([3, 3])
     with torch.no_grad():
         x = noise - model(noise, torch.ones(2), y)[0]  # the one Euler step from t = 1 to 0
-    expected = common.pixels_to_uint8(x).numpy()
+    expected = vae.pixels_to_uint8(x).numpy()
     assert np.abs(images.astype(int) - expected).max() <= 1
-    assert np.abs(common.pixels_to_uint8(noise).numpy().astype(int) - expected).mean() > 20  # so it can fail
+    assert np.abs(vae.pixels_to_uint8(noise).numpy().astype(int) - expected).mean() > 20  # so it can fail
 
 
 def error_of(flags):
@@ -417,7 +421,7 @@ def test_a_grid_that_cannot_be_halved(tmp_path):
 
 def test_wrong_checkpoints(data, trained, tmp_path):
     import repa
-    weights, out = common.load_weights(trained / "last.pt")[0], tmp_path / "out"
+    weights, out = checkpoints.load_weights(trained / "last.pt")[0], tmp_path / "out"
 
     def error_with(state, *flags):
         torch.save(state, tmp_path / "ema.pt")

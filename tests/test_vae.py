@@ -5,8 +5,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common import LATENT_SCALE, OLD_ATTENTION_NAMES, AutoencoderKL, load_vae, load_vae_weights, pixels_to_uint8
 from golden_utils import Fixture, official_keys, state_shapes
+from support.vae import (
+    LATENT_SCALE,
+    OLD_ATTENTION_NAMES,
+    AutoencoderKL,
+    load_vae,
+    load_vae_weights,
+    pixels_to_uint8,
+)
 from test_clip import ldm_name
 
 GOLDEN = Fixture("vae")
@@ -157,7 +164,7 @@ def damaged(tmp_path, tiny):
            "extra.pt": {**weights, "extra": torch.zeros(1)}, "shape.pt": {**weights, first: torch.zeros(1)}}
     for name, thing in fit.items():
         torch.save(thing, tmp_path / name)
-    return ([(tmp_path / name, "is no checkpoint") for name in [*contents, *objects, "legacy.pt"]]
+    return ([(tmp_path / name, "is not a checkpoint") for name in [*contents, *objects, "legacy.pt"]]
             + [(tmp_path / name, "does not fit this VAE") for name in fit]
             + [(tmp_path / "absent.bin", "no checkpoint"), (tmp_path, "no checkpoint")])
 

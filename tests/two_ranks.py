@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from torch import distributed as dist  # noqa: E402
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook  # noqa: E402
-import common  # noqa: E402, F401: before the group is made, as in every script
+
+import support.runs  # noqa: E402, F401  (before the group is made, as in every script)
 
 KEPT_STEPS = 3  # gradients are kept of this many steps
 SETTLED = 4  # DDP arranges its buckets anew in its second step, and so once more where a method wraps its model anew

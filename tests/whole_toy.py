@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from torch import distributed as dist  # noqa: E402
 
-import common  # noqa: E402, F401: before the group is made, as in every script
+import support.runs  # noqa: E402, F401  (before the group is made, as in every script)
 
 LATE = 1.0  # seconds
 SAMPLES = 48

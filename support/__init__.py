@@ -1,0 +1,1 @@
+"""What every run needs and no method owns: flags, runs, data, checkpoints, networks."""

@@ -1,4 +1,0 @@
-"""Lets the tests import the scripts, which stand in the repository's root."""
-import sys
-from pathlib import Path
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
