@@ -121,7 +121,7 @@ class Config:
     guidance_high: float = 1.0              # to here; t = 1 is noise
 
     # Speed
-    bench: int = 0                          # train so many steps on random data, write nothing
+    bench: int = 0                          # train this many steps on random data, write nothing
 
 
 MODELS = SIT_SIZES | {"synthetic": None}  # no SiT: the experiment at the end of this file
@@ -235,7 +235,7 @@ class CARFlow(nn.Module):
 
     @torch.no_grad()
     def table(self):
-        """mu0 and mu1 of all labels, the null label last, each (K+1,C,H,W)."""
+        """mu0 and mu1 of all labels, the null label last, each (num_classes+1,C,H,W)."""
         device = self.sit.y_embedder.embedding_table.weight.device
         labels = torch.arange(self.num_classes + 1, device=device)
         # In parts, for a shift net's hidden maps are W/C times as large as what it makes.
@@ -305,7 +305,7 @@ def parallelise(model, cfg, run):
     compile_blocks(model, cfg)
     if run.world == 1:
         return model
-    # Buffers are constants or kept per rank: by default DDP sends them at every forward pass.
+    # Buffers are constants or kept per rank, so DDP need not send rank 0's at every forward pass.
     return nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
@@ -317,7 +317,7 @@ def optimizer_step(optimizer, parameters, max_grad_norm):
     """
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     is_finite = grad_norm.isfinite()
-    optimizer.found_inf = (~is_finite).float()  # fused AdamW's switch, made for loss scalers
+    optimizer.found_inf = (~is_finite).float()  # at 1, fused AdamW skips its update
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm, is_finite
@@ -340,7 +340,7 @@ def update_ema(ema, model, decay):
 # --------------------------------------------------------------------------------------------------
 def build(cfg, data, run):
     """The network in its new coordinates, on the device."""
-    torch.manual_seed(cfg.seed)  # the SiT begins alike with any shift, or none
+    torch.manual_seed(cfg.seed)  # the SiT's initial weights do not depend on --shift
     channels, size, _ = data.shape
     sit = SiT(size, channels, data.meta["num_classes"], **SIT_SIZES[cfg.model])
     return CARFlow(sit, cfg.shift, cfg.shift_width, cfg.path_type).to(run.device)
@@ -364,8 +364,8 @@ def train(cfg, run):
         groups, lr=cfg.learning_rate, betas=(0.9, 0.999), weight_decay=0, fused=True)
     first_step = restore(cfg, data.meta, model, ema, optimizer, init=init_from)
     if first_step >= cfg.max_train_steps:
-        say(f"{cfg.out} is finished: {first_step} steps; --max-train-steps trains on, --out begins "
-            f"another run")
+        say(f"{cfg.out} is finished: {first_step} steps; raise --max-train-steps to train on, or "
+            f"choose another --out")
         return
     flops_per_image = training_flops(model, *example_inputs(data, run))
     announce(cfg, run, data, model, flops_per_image)
@@ -448,7 +448,7 @@ def generate(cfg, run):
     """Sample cfg.sample images from the EMA weights in cfg.ckpt; returns the .npz file's path."""
     model, checkpoint = load_carflow(cfg, cfg.ckpt)
     model = compile_blocks(model.to(run.device).eval(), cfg)
-    meta = checkpoint.get("data", SD_VAE_META)
+    meta = checkpoint.get("data", SD_VAE_META)  # other codes' checkpoints have none
     decode = load_decoder(meta, cfg.vae, cfg.vae_ckpt, run.device)
 
     def images(y, randn):
@@ -488,8 +488,8 @@ def diagnose(model, data, run, count=2000):
     noise = normal(*data.shape)
     loss = carflow_loss(model, x, t, noise, y, model.path_type).mean()
     labels = y.unique()
-    means = torch.stack([x[y == label].mean(dim=0) for label in labels])  # E[x|y], (K,C,H,W)
-    mu0, mu1 = [mu.flatten(1) for mu in model.shifts(labels)]  # (K,C,H,W) -> (K,C*H*W)
+    means = torch.stack([x[y == label].mean(dim=0) for label in labels])  # E[x|y], (n,C,H,W)
+    mu0, mu1 = [mu.flatten(1) for mu in model.shifts(labels)]  # (n,C,H,W) -> (n,C*H*W)
     cosine = F.cosine_similarity(mu0 - mu1, means.flatten(1)).mean()
     return {
         "validation velocity loss": loss,

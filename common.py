@@ -179,7 +179,7 @@ class Mlp(nn.Module):
 
 
 class SiTBlock(nn.Module):
-    """Transformer block whose two branches c shifts, scales and gates (adaLN-zero)."""
+    """Transformer block whose two branches are shifted, scaled and gated by c (adaLN-zero)."""
 
     def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
         super().__init__()
@@ -226,7 +226,7 @@ class SiT(nn.Module):
         self.input_size = input_size
         self.in_channels = in_channels
         self.num_classes = num_classes
-        self.grid = input_size // patch_size
+        self.grid = input_size // patch_size  # tokens per side
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
@@ -261,7 +261,7 @@ class SiT(nn.Module):
         return h.reshape(len(h), -1, self.grid * p, self.grid * p)
 
     def velocity(self, x_t, t, y):
-        """v (B,C,H,W) by the plain network: what is sampled, whatever a subclass trains beside."""
+        """v (B,C,H,W) by the plain network: what is sampled, whatever else a subclass trains."""
         h, c = self.embed(x_t, t, y)
         for block in self.blocks:
             h = block(h, c)
@@ -271,9 +271,8 @@ class SiT(nn.Module):
         return self.velocity(x_t, t, y)
 
 
-
 # --------------------------------------------------------------------------------------------------
-# U-Net blocks, of which a SiT that halves its token grid in the middle is made. `body` is U-DiT's
+# U-Net blocks, for a SiT that halves its token grid in the middle. `body` is U-DiT's
 # name, `skip_linear` U-ViT's, w1 w2 w3 LLaMA's; there was no official checkpoint to follow.
 # --------------------------------------------------------------------------------------------------
 class Down(nn.Module):
@@ -378,7 +377,7 @@ LAST_SDE_STEP = 0.04  # the SDE's last step, 0.04 -> 0, adds no noise (SiT and R
 
 
 def sampling_times(mode, num_steps):
-    """The even grid of times from 1 to 0: num_steps + 1 of them."""
+    """num_steps + 1 times from 1 to 0: an even grid, but for the SDE's last step."""
     if mode == "ode":
         return np.linspace(1, 0, num_steps + 1).tolist()
     return [*np.linspace(1, LAST_SDE_STEP, num_steps).tolist(), 0.0]
@@ -387,7 +386,7 @@ def sampling_times(mode, num_steps):
 @torch.no_grad()
 def sample(model, noise, y, y_null, *, mode="ode", num_steps=50, heun=False, path_type="linear",
            cfg_scale=1.0, guidance_low=0.0, guidance_high=1.0, randn=None, times=None):
-    """Integrate v = model(x, t, y) from noise to data; returns what `noise` is.
+    """Integrate v = model(x, t, y) from noise to data; returns data in the form of `noise`.
 
     noise: a tensor (B,...), or a tuple of tensors: one joint state (an image and its class token,
     say), with one guidance scale each. y, y_null (B,...): the condition and the null condition.

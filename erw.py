@@ -2,7 +2,7 @@
 
 REPA's early blocks learn features and denoising at once. ERW begins with the features: in phase I
 the embedders, the first `l2r_depth` blocks and a small MLP learn to predict the tokens that a
-frozen teacher (DINOv2) has of the CLEAN input. Phase II trains the whole SiT from there, by REPA's
+frozen teacher (DINOv2) gives the CLEAN input. Phase II trains the whole SiT from there, by REPA's
 loss with an alignment that fades. Steps k count both phases, W of them are phase I.
 
     phase I, k <= W:   L = - 1/2 mean_tokens cos(MLP(h), z)
@@ -76,11 +76,11 @@ class Config:
     # The method
     recipe: Literal["v3", "released"] = "v3"  # the paper's last version, or its first code
     warmup_steps: int = 100_000             # W, steps of phase I; 0 = phase II alone
-    l2r_depth: int = 5                      # phase I trains, and aligns after, so many blocks
+    l2r_depth: int = 5                      # phase I trains, and aligns after, this many blocks
     proj_decay_half_life: float = 50_000    # H, steps in which lambda halves; inf = constant
     use_rope: Literal["never", "always", "phase2"] = "never"  # rotary positions
     projector_dim: int = 2048               # width of the projector's hidden layers
-    probe: int = 0                          # print the CKNNA of --ckpt's blocks on so many images
+    probe: int = 0                          # print the CKNNA of --ckpt's blocks on this many images
 
     # The run
     model: str = "toy"                      # toy, or SiT-{S,B,L,XL}/{2,4,8}; it picks the recipe
@@ -134,7 +134,7 @@ class Config:
     guidance_high: float = 0.95             # to here; t = 1 is noise
 
     # Speed
-    bench: int = 0                          # train so many steps on random data, write nothing
+    bench: int = 0                          # train this many steps on random data, write nothing
 
 
 RECIPES = {  # by the beginning of the model's name; the paper names no depths for S and L
@@ -212,7 +212,7 @@ class ERWSiT(SiT):
         for depth, block in enumerate(self.blocks, start=1):
             h = block(h, c, rope)
             if depth == aligned_depth:  # token-wise, (B,N,D) -> (B,N,K)
-                z_hats = [projector(h) for projector in self.projectors]
+                z_hats = [mlp(h) for mlp in self.projectors]
                 if phase == 1:  # no later block runs
                     return None, z_hats
         return self.head(h, c), z_hats
@@ -269,7 +269,7 @@ def parallelise(model, cfg, run):
     compile_blocks(model, cfg)
     if run.world == 1:
         return model
-    # Buffers are constants or kept per rank: by default DDP sends them at every forward pass.
+    # Buffers are constants or kept per rank, so DDP need not send rank 0's at every forward pass.
     return nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
@@ -281,7 +281,7 @@ def optimizer_step(optimizer, parameters, max_grad_norm):
     """
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     is_finite = grad_norm.isfinite()
-    optimizer.found_inf = (~is_finite).float()  # fused AdamW's switch, made for loss scalers
+    optimizer.found_inf = (~is_finite).float()  # at 1, fused AdamW skips its update
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm, is_finite
@@ -314,7 +314,7 @@ def build(cfg, data, run):
         check_depth(cfg, "encoder_depth")
         check_depth(cfg, "l2r_depth")
         teachers = load_teachers(cfg, run)
-    torch.manual_seed(cfg.seed)  # the student begins alike with any teacher, or none
+    torch.manual_seed(cfg.seed)  # the SiT's initial weights do not depend on the teacher
     channels, size, _ = data.shape
     model = ERWSiT(
         size, channels, data.meta["num_classes"], SIT_SIZES[cfg.model], cfg.encoder_depth,
@@ -339,8 +339,8 @@ def train(cfg, run):
         parameters, lr=cfg.learning_rate, betas=(0.9, 0.999), weight_decay=0, fused=True)
     first_step = restore(cfg, data.meta, model, ema, optimizer, bookkeeping=MAY_CHANGE)
     if first_step >= cfg.max_train_steps:
-        say(f"{cfg.out} is finished: {first_step} steps; --max-train-steps trains on, --out begins "
-            f"another run")
+        say(f"{cfg.out} is finished: {first_step} steps; raise --max-train-steps to train on, or "
+            f"choose another --out")
         return
     flops = {phase: training_flops(model, *example_inputs(data, run), phase) for phase in (1, 2)}
     announce(cfg, run, data, model, flops[2])
@@ -379,7 +379,7 @@ def train(cfg, run):
             reduction = nullcontext() if is_last or run.world == 1 else net.no_sync()
             with reduction:
                 with run.autocast():
-                    zs = [teacher(batch["images"])[1] for teacher in teachers]
+                    zs = [teacher(batch["images"])[1] for teacher in teachers]  # patches
                     x = clean_input(batch, data.meta, posterior_noise[rows])
                     y = batch["labels"].masked_fill(is_dropped[rows], model.num_classes)
                     velocity, proj = erw_loss(
@@ -435,7 +435,7 @@ def load_sampler(cfg):
     """The student in cfg.ckpt without its projectors, and the checkpoint it came in."""
     weights, checkpoint = load_weights(cfg.ckpt, cfg)
     if checkpoint.get("phase") == 1:
-        fail(f"{cfg.ckpt} is of phase I, which learns no velocity: train on, or look into it by "
+        fail(f"{cfg.ckpt} is of phase I, which learns no velocity: train on, or inspect it by "
              f"--probe")
     # Official files hold the table of angles, which rope_2d computes.
     weights = {name: w for name, w in weights.items() if not name.startswith("feat_rope.")}
@@ -449,7 +449,7 @@ def generate(cfg, run):
     """Sample cfg.sample images from the EMA weights in cfg.ckpt; returns the .npz file's path."""
     model, checkpoint = load_sampler(cfg)
     model = compile_blocks(model.to(run.device).eval(), cfg)
-    meta = checkpoint.get("data", SD_VAE_META)
+    meta = checkpoint.get("data", SD_VAE_META)  # other codes' checkpoints have none
     decode = load_decoder(meta, cfg.vae, cfg.vae_ckpt, run.device)
 
     def images(y, randn):
@@ -499,7 +499,7 @@ def cknna(a, b, k=10):
 def load_probed(cfg, run):
     """For --probe: held-out images (or all, where there are none), teacher, student, its phase."""
     if not cfg.ckpt:
-        fail("--probe needs --ckpt FILE, the checkpoint to look into")
+        fail("--probe needs --ckpt FILE, the checkpoint to inspect")
     _, checkpoint = load_weights(cfg.ckpt)
     trained = asdict(cfg) | checkpoint.get("config", {})
     cfg = replace(cfg, use_rope=trained["use_rope"], l2r_depth=trained["l2r_depth"],

@@ -1,14 +1,14 @@
 """GMem: generative modelling with an explicit memory (Tang, Sun, Cheng, Lin, arXiv 2412.08781).
 
-A SiT's label gives way to a snippet s: the class token that a frozen teacher (DINOv2) has of the
-image. The network learns to draw an image from its snippet, in part zeroed, and need not store what
-it says. All images' snippets are the memory bank: to sample, draw one. REPA's alignment is added.
+A SiT's label is replaced by a snippet s, the class token that a frozen teacher (DINOv2) gives the
+image. The network learns to draw an image from its snippet, partly zeroed, and need not store what
+that says. All images' snippets are the memory bank: to sample, draw one. REPA's alignment is added.
 
     L = mean |v_theta(x_t, t, m) - v|^2 - lambda mean_tokens cos(MLP(h), z)
     x_t = (1-t) x + t noise,  v = noise - x
     m = keep s / (|s| (1 - p)),  where each element of keep is 0 with probability p, else 1
 
-What differs from repa.py: a linear map of m in the place of the table of labels, and the bank, a
+What differs from repa.py: a linear map of m in place of the label table, and the bank, a
 file that the first run writes beside the data. The paper's second version adds 1 - cos(v_theta, v)
 to the loss (--cosine-coeff 1) and draws t log-normally (--weighting lognormal).
 
@@ -142,7 +142,7 @@ class Config:
     guidance_high: float = 0.11             # to here; t = 1 is noise
 
     # Speed
-    bench: int = 0                          # train so many steps on random data, write nothing
+    bench: int = 0                          # train this many steps on random data, write nothing
 
 
 RECIPES = {  # by the beginning of the model's name
@@ -183,8 +183,8 @@ class MemorySiT(SiT):
         """x_t (B,C,H,W), t (B,), snippet (B,K) to tokens h (B,N,D) and conditioning c (B,D)."""
         h = self.x_embedder(x_t) + self.pos_embed
         with torch.autocast(x_t.device.type, enabled=False):  # fp32, as the time's embedding
-            m = self.condition_projection(snippet.float())
-        return h, self.t_embedder(t) + m
+            projected = self.condition_projection(snippet.float())  # (B,K) -> (B,D)
+        return h, self.t_embedder(t) + projected
 
     def forward(self, x_t, t, snippet):
         """Velocity (B,C,H,W) and, per teacher, the projected tokens z_hat (B,N,K)."""
@@ -193,7 +193,7 @@ class MemorySiT(SiT):
         for depth, block in enumerate(self.blocks, start=1):
             h = block(h, c)
             if depth == self.encoder_depth:  # token-wise, (B,N,D) -> (B,N,K)
-                z_hats = [projector(h) for projector in self.projectors]
+                z_hats = [mlp(h) for mlp in self.projectors]
         return self.head(h, c), z_hats
 
 
@@ -302,7 +302,7 @@ def identify_teacher(teacher):
     return f"{teacher.name} {zlib.crc32(b''.join(weights)):08x}"
 
 
-def make_bank(path, cfg, run, data, known, teacher):
+def make_bank(path, cfg, run, data, origin, teacher):
     """Write the bank of all images of `data`: every rank sees a stretch, rank 0 gets them all."""
     stretch = np.array_split(np.arange(len(data)), run.world)[run.rank]
     batches = np.array_split(stretch, 1 + len(stretch) // 256)
@@ -317,7 +317,7 @@ def make_bank(path, cfg, run, data, known, teacher):
         dist.gather_object(stretches[0], stretches if run.rank == 0 else None)
     if run.rank == 0:
         labels = torch.from_numpy(np.array(data.array("labels")))
-        save_checkpoint(path, dict(known, teacher=identify_teacher(teacher), labels=labels,
+        save_checkpoint(path, dict(origin, teacher=identify_teacher(teacher), labels=labels,
                                    features=torch.cat(stretches)))
 
 
@@ -369,7 +369,7 @@ def parallelise(model, cfg, run):
     compile_blocks(model, cfg)
     if run.world == 1:
         return model
-    # Buffers are constants or kept per rank: by default DDP sends them at every forward pass.
+    # Buffers are constants or kept per rank, so DDP need not send rank 0's at every forward pass.
     return nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
@@ -381,7 +381,7 @@ def optimizer_step(optimizer, parameters, max_grad_norm):
     """
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     is_finite = grad_norm.isfinite()
-    optimizer.found_inf = (~is_finite).float()  # fused AdamW's switch, made for loss scalers
+    optimizer.found_inf = (~is_finite).float()  # at 1, fused AdamW skips its update
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm, is_finite
@@ -407,7 +407,7 @@ def build(cfg, data, run):
     if "," in cfg.enc_type:
         fail(f"--enc-type {cfg.enc_type}: a snippet is of one teacher")
     [teacher] = load_teachers(cfg, run)
-    torch.manual_seed(cfg.seed)  # the student begins alike with any teacher
+    torch.manual_seed(cfg.seed)  # the SiT's initial weights do not depend on the teacher
     channels, size, _ = data.shape
     model = MemorySiT(
         size, channels, teacher.width, SIT_SIZES[cfg.model], cfg.encoder_depth,
@@ -437,8 +437,8 @@ def train(cfg, run):
     init = lambda path, model: init_from(path, model, ("condition_projection", "projectors"))
     first_step = restore(cfg, meta, model, ema, optimizer, init, MAY_CHANGE)
     if first_step >= cfg.max_train_steps:
-        say(f"{cfg.out} is finished: {first_step} steps; --max-train-steps trains on, --out begins "
-            f"another run")
+        say(f"{cfg.out} is finished: {first_step} steps; raise --max-train-steps to train on, or "
+            f"choose another --out")
         return
     x_t, t, _ = example_inputs(data, run)
     flops_per_image = training_flops(model, x_t, t, x_t.new_zeros(1, model.memory_dim))
@@ -532,7 +532,7 @@ def generate(cfg, run):
     model = compile_blocks(model.to(run.device).eval(), cfg)
     trained = asdict(cfg) | checkpoint.get("config", {})
     cfg = replace(cfg, data=trained["data"], resolution=trained["resolution"])
-    meta = checkpoint.get("data", SD_VAE_META)
+    meta = checkpoint.get("data", SD_VAE_META)  # other codes' checkpoints have none
     bank = open_bank(cfg, run, model.memory_dim, meta.get("teacher"))
     decode = load_decoder(meta, cfg.vae, cfg.vae_ckpt, run.device)
 

@@ -1,10 +1,10 @@
 """HASTE: holistic alignment, stage-wise termination (Wang et al., NeurIPS 2025, arXiv 2505.16792).
 
-REPA helps early and hinders late, when its gradient turns against the one of denoising. So HASTE
+REPA helps early and hinders late, when its gradient turns against that of denoising. So HASTE
 aligns more, and then stops. In phase I some early blocks must not only predict the teacher's
 features, but also LOOK where it looks: head m of a student block learns the attention map that head
 m of a late block of the teacher has of the clean image. After `early_stop_point` updates both terms
-go at once: phase II is plain SiT, in its loss and in what it costs.
+are dropped together: phase II is plain SiT, in its loss and in what it costs.
 
     L = mean |v_theta(x_t, t, y) - v|^2
         - lambda_R mean_tokens cos(MLP(h), z)
@@ -144,7 +144,7 @@ class Config:
     guidance_high: float = 0.72             # to here; t = 1 is noise
 
     # Speed
-    bench: int = 0                          # train so many steps on random data, write nothing
+    bench: int = 0                          # train this many steps on random data, write nothing
 
 
 RECIPES = {  # by the beginning of the model's name
@@ -251,7 +251,7 @@ class HASTESiT(SiT):
             else:
                 h = block(h, c)
             if i + 1 == self.encoder_depth:  # token-wise, (B,N,D) -> (B,N,K)
-                z_hats = [projector(h) for projector in self.projectors]
+                z_hats = [mlp(h) for mlp in self.projectors]
         return self.head(h, c), z_hats, [logits[i] for i in self.student_layers]
 
     def stop_alignment(self):
@@ -261,7 +261,7 @@ class HASTESiT(SiT):
 
 
 def attention_loss(logits, teacher_logits):
-    """Cross-entropy of the student's attention with the teacher's, KL(teacher || student): (B,).
+    """Attention's cross-entropy, student with teacher, and KL(teacher || student), each (B,).
 
     Both lists hold one (B,heads,N,N) per pair of blocks: before softmax, queries x keys. The
     cross-entropy is the KL plus the teacher's entropy: same gradient, but its least value is that
@@ -314,7 +314,7 @@ def parallelise(model, cfg, run):
     compile_blocks(model, cfg)
     if run.world == 1:
         return model
-    # Buffers are constants or kept per rank: by default DDP sends them at every forward pass.
+    # Buffers are constants or kept per rank, so DDP need not send rank 0's at every forward pass.
     return nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
@@ -326,7 +326,7 @@ def optimizer_step(optimizer, parameters, max_grad_norm):
     """
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     is_finite = grad_norm.isfinite()
-    optimizer.found_inf = (~is_finite).float()  # fused AdamW's switch, made for loss scalers
+    optimizer.found_inf = (~is_finite).float()  # at 1, fused AdamW skips its update
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm, is_finite
@@ -386,7 +386,7 @@ def build(cfg, data, run):
         z_dims = [teacher.vision.width]
     if cfg.attn_coeff > 0:
         student_layers = cfg.student_layers
-    torch.manual_seed(cfg.seed)  # the student begins alike with any teacher, or none
+    torch.manual_seed(cfg.seed)  # the SiT's initial weights do not depend on the teacher
     channels, size, _ = data.shape
     model = HASTESiT(
         size, channels, data.meta["num_classes"], SIT_SIZES[cfg.model], cfg.encoder_depth,
@@ -426,8 +426,8 @@ def train(cfg, run):
         parameters, lr=cfg.learning_rate, betas=(0.9, 0.999), weight_decay=0, fused=True)
     first_step = restore(cfg, data.meta, model, ema, optimizer)
     if first_step >= cfg.max_train_steps:
-        say(f"{cfg.out} is finished: {first_step} steps; --max-train-steps trains on, --out begins "
-            f"another run")
+        say(f"{cfg.out} is finished: {first_step} steps; raise --max-train-steps to train on, or "
+            f"choose another --out")
         return
     flops_per_image = training_flops(model.velocity, *example_inputs(data, run))  # phase II's
     announce(cfg, run, data, model, flops_per_image)
@@ -436,7 +436,7 @@ def train(cfg, run):
 
     for step in range(first_step + 1, cfg.max_train_steps + 1):
         if step in (first_step + 1, cfg.early_stop_point + 1):  # a phase begins, or goes on
-            net = loader = None  # those of phase I end before others begin
+            net = loader = None  # frees those of phase I before others are made
             if step > cfg.early_stop_point:
                 teacher = None
             net, loader = begin_phase(cfg, run, data, model, step)
@@ -520,7 +520,7 @@ def generate(cfg, run):
     weights, checkpoint = load_weights(cfg.ckpt, cfg)
     model = sit_from_weights(weights, cfg.model)  # plain SiT
     model = compile_blocks(model.to(run.device).eval(), cfg)
-    meta = checkpoint.get("data", SD_VAE_META)
+    meta = checkpoint.get("data", SD_VAE_META)  # other codes' checkpoints have none
     decode = load_decoder(meta, cfg.vae, cfg.vae_ckpt, run.device)
 
     def images(y, randn):

@@ -126,10 +126,10 @@ class Config:
 
     # Reconstruction
     ckpt: str = ""                          # autoencoder to rebuild with: what --init takes
-    sample: int = 0                         # rebuild so many held-out images instead of training
+    sample: int = 0                         # rebuild this many held-out images instead of training
 
     # Speed
-    bench: int = 0                          # train so many steps on random data, write nothing
+    bench: int = 0                          # train this many steps on random data, write nothing
 
 
 MODELS = {  # arguments of support.vae.AutoencoderKL
@@ -263,7 +263,7 @@ def parallelise(model, cfg, run):
     compile_blocks(model, cfg)
     if run.world == 1:
         return model
-    # Buffers are constants or kept per rank: by default DDP sends them at every forward pass.
+    # Buffers are constants or kept per rank, so DDP need not send rank 0's at every forward pass.
     return nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
@@ -275,7 +275,7 @@ def optimizer_step(optimizer, parameters, max_grad_norm):
     """
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     is_finite = grad_norm.isfinite()
-    optimizer.found_inf = (~is_finite).float()  # fused AdamW's switch, made for loss scalers
+    optimizer.found_inf = (~is_finite).float()  # at 1, fused AdamW skips its update
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm, is_finite
@@ -349,7 +349,7 @@ def build(cfg, run):
                  f"prepare.py teacher --data {cfg.data} --patch-size {factor}")
         if cfg.compile:
             teacher.compile()
-    torch.manual_seed(cfg.seed)  # the autoencoder begins alike with any teacher, or none
+    torch.manual_seed(cfg.seed)  # the autoencoder's initial weights do not depend on the teacher
     model = ReaLS(sizes, **heads)
     torch.manual_seed(cfg.seed)
     disc = PatchDiscriminator(cfg.disc_dim, cfg.disc_layers)
@@ -377,8 +377,8 @@ def train(cfg, run):
         disc.load_state_dict(checkpoint["disc"])
         optimizer_d.load_state_dict(checkpoint["optimizer_d"])
     if first_step >= cfg.max_train_steps:
-        say(f"{cfg.out} is finished: {first_step} steps; --max-train-steps trains on, --out begins "
-            f"another run")
+        say(f"{cfg.out} is finished: {first_step} steps; raise --max-train-steps to train on, or "
+            f"choose another --out")
         return
     latent_shape = model.latent_shape(cfg.resolution)
     x = torch.zeros(1, 3, cfg.resolution, cfg.resolution, device=run.device)

@@ -1,10 +1,10 @@
 """REG: representation entanglement for generation (Wu et al., NeurIPS 2025, arXiv 2507.01467).
 
 REPA only trains with its teacher. REG also generates something of it: the class token that the
-frozen teacher (DINOv2) has of the clean image, one vector of width K, gets noise of its own and
+frozen teacher (DINOv2) gives the clean image, one vector of width K, gets noise of its own and
 goes through the SiT in front of the image's tokens, and the network predicts both velocities. When
 sampling, both begin as noise and are integrated together, so that the image is drawn beside a
-description of itself; the teacher is not needed any more, and the token is dropped.
+description of itself; the teacher is no longer needed, and the token is dropped.
 
     L = mean |v_theta - v|^2 + beta mean |v_theta,cls - v_cls|^2
         - lambda mean_tokens cos(MLP(h), z)
@@ -13,8 +13,8 @@ description of itself; the teacher is not needed any more, and the token is drop
 
 What differs from repa.py: one more token, with a linear map and a LayerNorm before it, a linear map
 of its own behind it, and a position of zeros; the term with beta; REPA's term counts the class
-token as one more token, whose target is the clean one; the sampler's state is a pair, with a
-guidance scale each. 0.3 % more parameters, 0.4 % more FLOPs.
+token as one more token, whose target is the clean one; the sampler's state is a pair, with
+one guidance scale each. 0.3 % more parameters, 0.4 % more FLOPs.
 
     python reg.py                      the toy: data, training, samples, metrics; 3 minutes
     python reg.py --proj-coeff 0       no alignment: the teacher still runs, its class token is data
@@ -138,7 +138,7 @@ class Config:
     guidance_high: float = 0.85             # to here; t = 1 is noise
 
     # Speed
-    bench: int = 0                          # train so many steps on random data, write nothing
+    bench: int = 0                          # train this many steps on random data, write nothing
 
 
 RECIPES = {  # by the beginning of the model's name
@@ -196,7 +196,7 @@ class REGSiT(SiT):
         for depth, block in enumerate(self.blocks, start=1):
             h = block(h, c)
             if depth == self.encoder_depth:  # token-wise, (B,N+1,D) -> (B,N+1,K)
-                z_hats = [projector(h) for projector in self.projectors]
+                z_hats = [mlp(h) for mlp in self.projectors]
         return self.head(h[:, 1:], c), self.class_head(h[:, :1], c), z_hats
 
     def class_head(self, cls_h, c):
@@ -261,7 +261,7 @@ def parallelise(model, cfg, run):
     compile_blocks(model, cfg)
     if run.world == 1:
         return model
-    # Buffers are constants or kept per rank: by default DDP sends them at every forward pass.
+    # Buffers are constants or kept per rank, so DDP need not send rank 0's at every forward pass.
     return nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
@@ -273,7 +273,7 @@ def optimizer_step(optimizer, parameters, max_grad_norm):
     """
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     is_finite = grad_norm.isfinite()
-    optimizer.found_inf = (~is_finite).float()  # fused AdamW's switch, made for loss scalers
+    optimizer.found_inf = (~is_finite).float()  # at 1, fused AdamW skips its update
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm, is_finite
@@ -302,7 +302,7 @@ def build(cfg, data, run):
     z_dims = []
     if cfg.proj_coeff > 0:
         z_dims = [teacher.width for teacher in teachers]
-    torch.manual_seed(cfg.seed)  # the student begins alike with any teacher
+    torch.manual_seed(cfg.seed)  # the SiT's initial weights do not depend on the teacher
     channels, size, _ = data.shape
     model = REGSiT(
         size, channels, data.meta["num_classes"], SIT_SIZES[cfg.model], cfg.encoder_depth,
@@ -328,8 +328,8 @@ def train(cfg, run):
         parameters, lr=cfg.learning_rate, betas=(0.9, 0.999), weight_decay=0, fused=True)
     first_step = restore(cfg, data.meta, model, ema, optimizer, bookkeeping=MAY_CHANGE)
     if first_step >= cfg.max_train_steps:
-        say(f"{cfg.out} is finished: {first_step} steps; --max-train-steps trains on, --out begins "
-            f"another run")
+        say(f"{cfg.out} is finished: {first_step} steps; raise --max-train-steps to train on, or "
+            f"choose another --out")
         return
     x_t, t, y = example_inputs(data, run)
     cls_t = torch.zeros(1, model.cls_dim, device=run.device)
@@ -456,7 +456,7 @@ def generate(cfg, run):
     """
     model, checkpoint = load_sampler(cfg)
     model = compile_blocks(model.to(run.device).eval(), cfg)
-    meta = checkpoint.get("data", SD_VAE_META)
+    meta = checkpoint.get("data", SD_VAE_META)  # other codes' checkpoints have none
     decode = load_decoder(meta, cfg.vae, cfg.vae_ckpt, run.device)
     scale, cls_scale = guidance_scales(cfg)
     if scale > 1:
@@ -515,8 +515,8 @@ def mean_cosines(cls, seen, y):
 def compare_class_tokens(cfg, run, path):
     """Do the images in `path` fit the class tokens generated with them? Asks the teacher.
 
-    Returns a text, and before it a file for evaluate.py: the same images, labelled with the classes
-    that their tokens name, so that its accuracy says how often the judge sees what a token names.
+    Returns a file for evaluate.py and a text. The file holds the same images, labelled with the
+    classes that their tokens name: its accuracy says how often the judge sees what a token names.
     """
     with np.load(path) as file:
         images = file["arr_0"]

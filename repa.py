@@ -1,9 +1,9 @@
 """REPA: representation alignment for diffusion transformers (Yu et al., arXiv 2410.06940).
 
-A SiT learns to denoise, and while it does, one early block must agree with a pretrained vision
-network: a small MLP maps each token's hidden state after block `encoder_depth` to the feature that
-a frozen teacher (DINOv2) has of the CLEAN image at that place. Only the blocks up to there feel it,
-and the MLP is thrown away: sampling is plain SiT.
+A SiT learns to denoise, and meanwhile one early block must agree with a pretrained vision network:
+a small MLP maps each token's hidden state h after block `encoder_depth` to the feature z that a
+frozen teacher (DINOv2) computes from the CLEAN image at that place. Only the blocks up to that one
+get a gradient from it, and the MLP is thrown away: sampling is plain SiT.
 
     L = mean |v_theta(x_t, t, y) - v|^2 - lambda mean_tokens cos(MLP(h), z)
     x_t = (1-t) x + t noise,  v = noise - x
@@ -118,7 +118,7 @@ class Config:
     guidance_high: float = 0.7              # to here; t = 1 is noise
 
     # Speed
-    bench: int = 0                          # train so many steps on random data, write nothing
+    bench: int = 0                          # train this many steps on random data, write nothing
 
 
 RECIPES = {  # by the beginning of the model's name
@@ -157,7 +157,7 @@ class REPASiT(SiT):
         for depth, block in enumerate(self.blocks, start=1):
             h = block(h, c)
             if depth == self.encoder_depth:  # token-wise, (B,N,D) -> (B,N,K)
-                z_hats = [projector(h) for projector in self.projectors]
+                z_hats = [mlp(h) for mlp in self.projectors]
         return self.head(h, c), z_hats
 
 
@@ -191,7 +191,7 @@ def parallelise(model, cfg, run):
     compile_blocks(model, cfg)
     if run.world == 1:
         return model
-    # Buffers are constants or kept per rank: by default DDP sends them at every forward pass.
+    # Buffers are constants or kept per rank, so DDP need not send rank 0's at every forward pass.
     return nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
@@ -203,7 +203,7 @@ def optimizer_step(optimizer, parameters, max_grad_norm):
     """
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     is_finite = grad_norm.isfinite()
-    optimizer.found_inf = (~is_finite).float()  # fused AdamW's switch, made for loss scalers
+    optimizer.found_inf = (~is_finite).float()  # at 1, fused AdamW skips its update
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm, is_finite
@@ -230,7 +230,7 @@ def build(cfg, data, run):
     if cfg.proj_coeff > 0:
         check_depth(cfg)
         teachers = load_teachers(cfg, run)
-    torch.manual_seed(cfg.seed)  # the student begins alike with any teacher, or none
+    torch.manual_seed(cfg.seed)  # the SiT's initial weights do not depend on the teacher
     channels, size, _ = data.shape
     model = REPASiT(
         size, channels, data.meta["num_classes"], SIT_SIZES[cfg.model], cfg.encoder_depth,
@@ -255,8 +255,8 @@ def train(cfg, run):
         parameters, lr=cfg.learning_rate, betas=(0.9, 0.999), weight_decay=0, fused=True)
     first_step = restore(cfg, data.meta, model, ema, optimizer)
     if first_step >= cfg.max_train_steps:
-        say(f"{cfg.out} is finished: {first_step} steps; --max-train-steps trains on, --out begins "
-            f"another run")
+        say(f"{cfg.out} is finished: {first_step} steps; raise --max-train-steps to train on, or "
+            f"choose another --out")
         return
     flops_per_image = training_flops(model, *example_inputs(data, run))
     announce(cfg, run, data, model, flops_per_image)
@@ -285,7 +285,7 @@ def train(cfg, run):
             reduction = nullcontext() if is_last or run.world == 1 else net.no_sync()
             with reduction:
                 with run.autocast():
-                    zs = [teacher(batch["images"])[1] for teacher in teachers]
+                    zs = [teacher(batch["images"])[1] for teacher in teachers]  # patches
                     x = clean_input(batch, data.meta, posterior_noise[rows])
                     y = batch["labels"].masked_fill(is_dropped[rows], model.num_classes)
                     velocity, proj = repa_loss(net, x, t[rows], noise[rows], y, zs, cfg.path_type)
@@ -338,7 +338,7 @@ def generate(cfg, run):
     weights, checkpoint = load_weights(cfg.ckpt, cfg)
     model = sit_from_weights(weights, cfg.model)  # plain SiT
     model = compile_blocks(model.to(run.device).eval(), cfg)
-    meta = checkpoint.get("data", SD_VAE_META)
+    meta = checkpoint.get("data", SD_VAE_META)  # other codes' checkpoints have none
     decode = load_decoder(meta, cfg.vae, cfg.vae_ckpt, run.device)
 
     def images(y, randn):

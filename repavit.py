@@ -113,10 +113,10 @@ class Config:
 
     # Classifying
     ckpt: str = ""                          # checkpoint to classify with
-    sample: int = 0                         # picture of so many val images, instead of training
+    sample: int = 0                         # picture of this many val images, instead of training
 
     # Speed
-    bench: int = 0                          # train so many steps on random data, write nothing
+    bench: int = 0                          # train this many steps on random data, write nothing
 
 
 MODELS = {
@@ -305,7 +305,7 @@ def parallelise(model, cfg, run):
     compile_blocks(model, cfg)
     if run.world == 1:
         return model
-    # Buffers are constants or kept per rank: by default DDP sends them at every forward pass.
+    # Buffers are constants or kept per rank, so DDP need not send rank 0's at every forward pass.
     return nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
@@ -317,7 +317,7 @@ def optimizer_step(optimizer, parameters, max_grad_norm):
     """
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     is_finite = grad_norm.isfinite()
-    optimizer.found_inf = (~is_finite).float()  # fused AdamW's switch, made for loss scalers
+    optimizer.found_inf = (~is_finite).float()  # at 1, fused AdamW skips its update
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm, is_finite
@@ -414,7 +414,7 @@ def train(cfg, run):
     parameters = list(model.parameters())
     first_step = restore(cfg, data.meta, model, ema, optimizer, init_from, MAY_CHANGE)
     if first_step >= cfg.max_train_steps:
-        say(f"{cfg.out} is finished: {first_step} steps; --out begins another run")
+        say(f"{cfg.out} is finished: {first_step} steps; choose another --out")
         return
     flops_per_image = 3 * 2 * multiply_adds(ema)  # the backward pass costs two forward passes
     announce(cfg, run, data, model, flops_per_image)

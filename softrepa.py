@@ -1,11 +1,11 @@
 """SoftREPA: a few soft tokens align text and image (Lee et al., NeurIPS 2025, arXiv 2503.08250).
 
 A text-to-image model (Stable Diffusion 3) is frozen. In front of the text tokens of its first
-blocks stand a few that are learned, less than a million numbers; their outputs end with the block.
+blocks stand a few that are learned, fewer than a million numbers; each block drops their outputs.
 The denoising error of an image must be lower under its own caption than under the other captions
 of the batch. The tokens stay for sampling, in both branches of the guidance.
 
-    e[i,j] = mean |v_theta(x_t,i , t, text j, soft) - v_i|^2
+    e[i,j] = mean |v_theta(x_t[i], t, text[j], soft) - v[i]|^2
     l[i,j] = 4 exp(-e[i,j] / 0.07)
     L = mean_i CrossEntropy(l[i,:], i) + dweight mean_i e[i,i]    softmax over TEXTS, rows only
 
@@ -22,8 +22,8 @@ Our runs: the toy, in docs/results.md; not SD3, whose code ran on random weights
 
 What differs from repa.py: the model does not learn; a step looks at all pairs of its images and
 texts at ONE time with ONE noise; no labels, no EMA, no teacher. Ranks split the images of a step,
-and each sees all texts: rows of the softmax do not touch, so any number of GPUs, or of rows at once
-(--nrows), gives the same gradient, reduced once a step.
+and each sees all texts: rows of the softmax are independent, so any number of GPUs, or of rows at
+once (--nrows), gives the same gradient, reduced once a step.
 
 What differs from the official code, on purpose: bf16, not fp16 with a loss scaler; chunks count by
 their rows and share one noise; sampling uses the trained time tokens (there: new ones); a time of
@@ -123,7 +123,7 @@ class Config:
     cfg_scale: float = 4.0                  # guidance scale; 1 = none
     guidance_low: float = 0.0               # guidance acts for t from here
     guidance_high: float = 1.0              # to here; t = 1 is noise
-    bench: int = 0                          # speed: so many steps on random data and weights
+    bench: int = 0                          # speed: this many steps on random data and weights
 
     @property
     def images_per_step(self):
@@ -188,7 +188,7 @@ class SoftTokens(nn.Module):
 def soft_velocity(model, soft, x_t, t, context, pooled, recompute=False):
     """Velocity (B,C,H,W) of an MM-DiT with soft tokens, or None, before its first blocks' text.
 
-    Text tokens pass on what they learned from the soft ones, whose outputs end with their block.
+    Text tokens pass on what they learned from the soft ones, whose outputs each block drops.
     """
     text, h, c = model.embed(x_t, t, context, pooled)
     n = text.shape[1]
@@ -241,7 +241,7 @@ def optimizer_step(optimizer, parameters, max_grad_norm):
     """
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     is_finite = grad_norm.isfinite()
-    optimizer.found_inf = (~is_finite).float()  # fused AdamW's switch, made for loss scalers
+    optimizer.found_inf = (~is_finite).float()  # at 1, fused AdamW skips its update
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm, is_finite
@@ -357,9 +357,9 @@ def texts_of(cfg, context, pooled):
 
 
 def step_chunks(cfg, run, velocity, data, batch, seed, step):
-    """TERMS (n,R) of a step, chunk by chunk of this rank's images: --nrows, each with all texts.
+    """Yield TERMS (n,R) of a step for R of this rank's images at once (--nrows), with all texts.
 
-    batch: the whole step's. All ranks make all draws, and so have the same time and noise.
+    batch: all images and texts of the step. Every rank makes all draws: same time, same noise.
     """
     num_images = cfg.images_per_step
     normal, uniform = step_draws(seed, step, num_images, replace(run, rank=0, world=1))
@@ -419,8 +419,8 @@ def train(cfg, run):
         first_step = saved["step"]
         best = saved["data"]["best"]
     if first_step >= cfg.max_train_steps:
-        say(f"{cfg.out} is finished: {first_step} steps; --max-train-steps trains on, --out begins "
-            f"another run")
+        say(f"{cfg.out} is finished: {first_step} steps; raise --max-train-steps to train on, or "
+            f"choose another --out")
         return
     velocity = functools.partial(soft_velocity, model, soft, recompute=cfg.recompute)
     flops_per_image = describe(cfg, run, data, velocity, model, soft)

@@ -140,7 +140,7 @@ class Config:
     guidance_high: float = 0.7              # to here; t = 1 is noise
 
     # Speed
-    bench: int = 0                          # train so many steps on random data, write nothing
+    bench: int = 0                          # train this many steps on random data, write nothing
 
 
 MODELS = {
@@ -370,7 +370,7 @@ def parallelise(model, cfg, run):
     compile_blocks(model, cfg)
     if run.world == 1:
         return model
-    # Buffers are constants or kept per rank: by default DDP sends them at every forward pass.
+    # Buffers are constants or kept per rank, so DDP need not send rank 0's at every forward pass.
     return nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
@@ -382,7 +382,7 @@ def optimizer_step(optimizer, parameters, max_grad_norm):
     """
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     is_finite = grad_norm.isfinite()
-    optimizer.found_inf = (~is_finite).float()  # fused AdamW's switch, made for loss scalers
+    optimizer.found_inf = (~is_finite).float()  # at 1, fused AdamW skips its update
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm, is_finite
@@ -408,7 +408,7 @@ def build(cfg, data, run):
     teachers = []
     if cfg.proj_coeff > 0:
         teachers = load_teachers(cfg, run)
-    torch.manual_seed(cfg.seed)  # the student begins alike with any teacher, or none
+    torch.manual_seed(cfg.seed)  # the SiT's initial weights do not depend on the teacher
     channels, size, _ = data.shape
     model = SiTDown(
         size, channels, data.meta["num_classes"], MODELS[cfg.model], cfg.encoder_depth,
@@ -433,8 +433,8 @@ def train(cfg, run):
         parameters, lr=cfg.learning_rate, betas=(0.9, 0.999), weight_decay=0, fused=True)
     first_step = restore(cfg, data.meta, model, ema, optimizer, init=init_sit_down)
     if first_step >= cfg.max_train_steps:
-        say(f"{cfg.out} is finished: {first_step} steps; --max-train-steps trains on, --out begins "
-            f"another run")
+        say(f"{cfg.out} is finished: {first_step} steps; raise --max-train-steps to train on, or "
+            f"choose another --out")
         return
     flops_per_image = training_flops(model, *example_inputs(data, run))
     announce(cfg, run, data, model, flops_per_image)
@@ -463,7 +463,7 @@ def train(cfg, run):
             reduction = nullcontext() if is_last or run.world == 1 else net.no_sync()
             with reduction:
                 with run.autocast():
-                    zs = [teacher(batch["images"])[1] for teacher in teachers]
+                    zs = [teacher(batch["images"])[1] for teacher in teachers]  # patches
                     x = clean_input(batch, data.meta, posterior_noise[rows])
                     y = batch["labels"].masked_fill(is_dropped[rows], model.num_classes)
                     velocity, proj, manifold = urepa_loss(
@@ -519,7 +519,7 @@ def generate(cfg, run):
     weights, checkpoint = load_weights(cfg.ckpt, cfg)
     model = sit_down_from_weights(weights, cfg.model)
     model = compile_blocks(model.to(run.device).eval(), cfg)
-    meta = checkpoint.get("data", SD_VAE_META)
+    meta = checkpoint.get("data", SD_VAE_META)  # other codes' checkpoints have none
     decode = load_decoder(meta, cfg.vae, cfg.vae_ckpt, run.device)
 
     def images(y, randn):

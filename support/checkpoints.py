@@ -1,4 +1,4 @@
-"""Checkpoint files: what they hold, how they are written whole, and the one way each is read.
+"""Checkpoint files: what they hold, how they are written safely, and the one way to read each.
 
 A checkpoint holds tensors and plain values, nothing pickled. By file and script:
     last.pt           model, ema, optimizer: state dicts; step: updates done; config: the Config
@@ -72,7 +72,7 @@ def load_checkpoint(path, kinds=dict):
 
 
 def different_names(model, weights):
-    """Sorted names of what `weights` lacks, has too much of, or has in another shape."""
+    """Sorted names that `weights` lacks, has in excess, or has in another shape."""
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     given = {name: getattr(tensor, "shape", None) for name, tensor in weights.items()}
     return sorted(name for name in expected | given if expected.get(name) != given.get(name))
@@ -162,7 +162,7 @@ def sit_from_weights(weights, name, make=SiT):
     table = weights.get("y_embedder.embedding_table.weight", [0])  # not every model has labels
     model = make(input_size, channels, len(table) - 1, **sizes)
     if wrong := sorted(weights.keys() ^ model.state_dict().keys()):
-        fail(f"these weights are not those of a SiT: {wrong[0]} is missing or too much")
+        fail(f"these weights are not those of a SiT: {wrong[0]} is missing or unexpected")
     model.load_state_dict(weights)
     return model
 
@@ -186,7 +186,7 @@ def init_from(path, model, may_be_fresh=("y_embedder", "projectors")):
 # A run and its continuation
 # --------------------------------------------------------------------------------------------------
 def identity(config, meta, bookkeeping):
-    """What makes a run this run: its settings but for the bookkeeping, and its data."""
+    """What identifies a run: its settings, except for the bookkeeping, and its data."""
     settings = {name: value for name, value in config.items() if name not in bookkeeping}
     settings["data"] = f"{meta['source']}, {meta['count']} images, {meta['num_classes']} classes"
     return settings
@@ -228,7 +228,7 @@ def restore(cfg, meta, model, ema, optimizer, init=init_from, bookkeeping=BOOKKE
 
 
 def save_run(cfg, name, step, meta, **parts):
-    """Write a checkpoint of these parts (model, ema, optimizer) into cfg.out; none is random."""
+    """Write a checkpoint of these parts (model, ema, optimizer) into cfg.out; no random state."""
     state = dict(step=step, config=asdict(cfg), data=meta)
     for part, value in parts.items():
         state[part] = value.state_dict() if hasattr(value, "state_dict") else value

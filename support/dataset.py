@@ -14,8 +14,8 @@
                   vae           None in pixel space; sd-vae-ft-mse, sd-vae-ft-ema, sd3, or a file
                   vae_id        checksum of that file's weights
                   channels      C of x: 3 pixels, or the latent's
-                  downsample    pixels a side of a place of the latent; 8 where it is missing
-                  latent_scale  and latent_shift: x = z * scale + shift; numbers, or a list of C
+                  downsample    pixels per latent place, per side; 8 where it is missing
+                  latent_scale  and latent_shift: x = z * scale + shift; numbers, or lists of C
                   text          whose features context.npy and pooled.npy are: toy or sd3
     teacher.pt, judge.pt                a small vision teacher and a judge of samples, if trained
     base.pt, objects.npy                of the text-to-image toy: its model, and all its objects
@@ -138,7 +138,7 @@ class PreparedData(torch.utils.data.Dataset):
 
 
 class SyntheticData(PreparedData):
-    """Random images and latents of a data set's shapes, for --bench: the same code but the disk."""
+    """Random images and latents of a data set's shapes, for --bench: the same code, but no disk."""
 
     def __init__(self, resolution, is_latent, need_images=True, count=1024):
         self.meta = dict(
@@ -170,8 +170,8 @@ class SyntheticData(PreparedData):
 class CaptionedData(PreparedData):
     """Images or latents with features of their captions, context (N,n,K) and pooled (N,P).
 
-    The last twentieth, at most 512, is held out for validation. `text` is whose features they are:
-    toy or sd3.
+    The last twentieth, at most 512, is held out for validation. `text` is the model whose features
+    they are: toy or sd3.
     """
 
     def __init__(self, path, resolution, text, held_out=False):
@@ -286,7 +286,7 @@ def images_to_input(images):
 
 @functools.lru_cache
 def channel_tensor(values, device):
-    """A number a channel as (C,1,1); kept, for a copy to a GPU at every step would make it wait."""
+    """A number per channel as (C,1,1); cached, since a copy at every step would stall a GPU."""
     return torch.tensor(values, device=device).view(-1, 1, 1)
 
 

@@ -36,7 +36,7 @@ RANGES = {
 
 
 def comments_of(config_class):
-    """{field: the comment behind it} of a dataclass with one field a line."""
+    """{field: the comment behind it} of a dataclass with one field per line."""
     source = inspect.getsource(config_class)
     return dict(re.findall(r"^    (\w+):.*?# *(.*)$", source, re.MULTILINE))
 
@@ -80,7 +80,7 @@ def check_ranges(cfg, ranges):
     """Every number makes sense, and the interval of guidance is not empty."""
     for name, (least, most) in ranges.items():
         value = getattr(cfg, name, least)
-        if not least <= value <= most:  # not a number is not in any range
+        if not least <= value <= most:  # NaN is in no range
             fail(f"{flag(name)} {value} must lie between {least:g} and {most:g}")
     low = getattr(cfg, "guidance_low", 0)
     high = getattr(cfg, "guidance_high", math.inf)

@@ -159,7 +159,7 @@ def write_config(cfg, run):
 def catch_stop(run):
     """stop(step): the signal (Ctrl-C, SIGTERM) that reached any rank, or 0.
 
-    All ranks must leave at the same step, so they compare every tenth.
+    All ranks must leave at the same step, so they compare at every tenth step.
     """
     signal_number = torch.tensor(0)  # on the CPU: comparing does not wait for the GPU
 
@@ -182,7 +182,10 @@ def catch_stop(run):
 
 
 def end_run(cfg, run, log, step, stopping):
-    """After the last step: ranks meet, signals act as ever, and a run told to stop ends here."""
+    """After the last step: ranks meet, signals act as usual again, and a stopped run ends here.
+
+    stopping: the number of the signal that stopped it, or 0.
+    """
     log.bar.close()
     if run.world > 1:
         dist.barrier()  # until rank 0 has saved: what follows reads its files
@@ -195,7 +198,7 @@ def end_run(cfg, run, log, step, stopping):
 
 @contextlib.contextmanager
 def clear_errors(run, memory="--micro-batch (now {}); the global batch stays the same"):
-    """Around all that a script does: what its user can mend becomes one line; then ranks part."""
+    """Around a whole script: errors that a user can mend become one line; ranks part at the end."""
     try:
         yield
     except SizeError as error:
@@ -203,7 +206,7 @@ def clear_errors(run, memory="--micro-batch (now {}); the global batch stays the
     except torch.OutOfMemoryError:
         fail(f"out of GPU memory: lower {memory.format(run.micro_batch)}")
     except OSError as error:  # a full disk, most likely
-        fail(f"{first_line(error)}; free some disk, or choose another --out, and repeat the "
+        fail(f"{first_line(error)}; free some disk space, or choose another --out, and repeat the "
              f"command: it continues")
     except KeyboardInterrupt:
         fail("interrupted")
@@ -297,7 +300,7 @@ class Log:
         self.restart()
 
     def show(self, step, line, seconds):
-        """The line behind the bar, or, without a terminal, as plain text with the time left."""
+        """The line after the bar, or, without a terminal, as plain text with the time left."""
         parts = [f"{name} {value:.4g}" for name, value in line.items()
                  if value or name != "skipped"]
         text = ", ".join(parts)

@@ -72,9 +72,9 @@ def sample_npz(path, images, labels, seed, batch_size, run):
     """One image per label (N,), on all ranks, into an .npz of ADM's layout.
 
     That is arr_0 (N,H,W,3) uint8 and labels. images(y, randn) -> {"arr_0": (B,H,W,3) uint8} makes
-    one batch; further keys are stored beside it, "labels" among them where what is drawn from is
-    something else, (N,...). Each rank fills files of its own on disk (50,000 images of 256 px are
-    9.8 GB); rank 0 merges them under the final name.
+    one batch; further keys are stored beside it, "labels" among them where the argument `labels`,
+    (N,...), is not the images' classes but something else to draw from. Each rank fills files of
+    its own on disk (50,000 images of 256 px are 9.8 GB); rank 0 merges them under the final name.
     """
     path = Path(path)
     make_folder(path.parent)

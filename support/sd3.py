@@ -1,6 +1,6 @@
 """Stable Diffusion 3 (arXiv 2403.03206): its network, its view of prompts, its times, its file.
 
-The network is an MM-DiT: text and image tokens, two streams with weights of their own, that attend
+The network is an MM-DiT: text and image tokens, two streams with weights of their own that attend
 jointly. Prompts are read by CLIP-L and CLIP-G; the third tower, T5, is left out. Parameter names of
 the MM-DiT follow SD3's single file. The towers are in clip.py, the autoencoder is in vae.py.
 """
@@ -188,8 +188,8 @@ class MMDiT(nn.Module):
 def encode_prompts(tokenizer, clip_l, clip_g, ids):
     """SD3's text features from lists of ids: context (B,77,2048) and pooled (B,2048).
 
-    The towers stand side by side. CLIP-L fills up with end marks and its vector is not projected;
-    CLIP-G fills up with 0, and its vector is.
+    The towers' features are concatenated. CLIP-L pads with end marks, and its vector is not
+    projected; CLIP-G pads with 0, and its vector is.
     """
     contexts = []
     vectors = []

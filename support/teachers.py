@@ -37,7 +37,7 @@ TEACHERS = {
 class Teacher(nn.Module):
     """Frozen vision transformer: images (B,H,W,3) uint8 to class token (B,K), patch tokens (B,N,K).
 
-    Both are float32. A model without a class token (I-JEPA) gives the mean of its patch tokens: so
+    Both are float32. A model without a class token (I-JEPA) gives the mean of its patch tokens, as
     its authors describe an image.
     """
 
@@ -105,7 +105,7 @@ def load_teacher(enc_type, resolution, path="", pretrained=True):
         return load_prepared_teacher(path, resolution)
     if enc_type not in TEACHERS:
         fail(f"unknown teacher {enc_type!r}; --enc-type is one of: prepared, {', '.join(TEACHERS)} "
-             f"(mocov3 is left out: timm has no weights of it)")
+             f"(mocov3 is left out: timm has no weights for it)")
     name, size, (mean, std), keep_norm = TEACHERS[enc_type]
     is_too_large = resolution > 256 and not enc_type.startswith("dinov2")  # they learned at 224 px
     if resolution % 16 or is_too_large:
@@ -149,7 +149,7 @@ def load_teachers(cfg, run):
         files = cfg.teacher_ckpt.split(",")
     if len(files) != len(names):
         fail(f"--teacher-ckpt names {len(files)} files, --enc-type {len(names)} teachers: one file "
-             f"each, with commas")
+             f"each, separated by commas")
     teachers = []
     for name, file in zip(names, files):
         if name == "prepared" and not file:

@@ -2,7 +2,7 @@
 
     data/toy      "a red disc on a dark blue background": 16x16 images, the shape is the label
     teacher.pt    a vision transformer to align with   } two classifiers of any prepared set,
-    judge.pt      a CNN that says what samples show    } trained apart
+    judge.pt      a CNN that says what samples show    } trained separately
 The same command makes the same files, up to the rounding of other machines and threads.
 """
 import json
@@ -114,7 +114,7 @@ def prepare_toy(out, count=20_000, val_count=4_000, steps=300, judge_steps=200):
 
 
 # --------------------------------------------------------------------------------------------------
-# The small vision teacher and the judge: two classifiers of a set, trained apart
+# The small vision teacher and the judge: two classifiers of a set, trained separately
 # --------------------------------------------------------------------------------------------------
 def caption_words(captions):
     """The pairs (position, word) that tell captions apart.

@@ -157,18 +157,18 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = FP32Conv2d(latent_channels, latent_channels, 1)
 
     def encode(self, x):
-        """x (B,3,H,W) in [-1,1] -> mean, std (B,4,h,w); a model sees z = mean + std n, scaled."""
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)  # (B,8,h,w) -> 2 (B,4,h,w)
+        """x (B,3,H,W) in [-1,1] -> mean, std (B,C,h,w); a model sees z = mean + std n, scaled."""
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)  # (B,2C,h,w) -> (B,C,h,w)
         std = torch.exp(logvar.clamp(-30, 20) / 2)
         return mean, std
 
     def decode(self, z):
-        """z (B,4,h,w), already divided by LATENT_SCALE -> (B,3,H,W) in about [-1,1]."""
+        """z (B,C,h,w), scale and shift already undone -> (B,3,H,W) in about [-1,1]."""
         return self.decoder(self.post_quant_conv(z))
 
 
 # --------------------------------------------------------------------------------------------------
-# Files: the SD-VAE's in three namings, and those of autoencoders trained here
+# Files: the SD-VAE's under three sets of names, and those of autoencoders trained here
 # --------------------------------------------------------------------------------------------------
 # The published files are older than diffusers' present names.
 OLD_ATTENTION_NAMES = {
@@ -192,7 +192,7 @@ LDM_NAMES = [
 
 
 def convert_ldm_vae(weights):
-    """Latent Diffusion's names of an SD-VAE's weights to diffusers', which has no 1x1 convolutions.
+    """An SD-VAE's weights from Latent Diffusion's names to diffusers', 1x1 convolutions to Linear.
 
     Latent Diffusion counts the stages of the decoder from the other end.
     """
@@ -227,7 +227,7 @@ def to_fp32(weights):
 
 
 def load_vae_weights(vae, path):
-    """Fill `vae` strictly from a file in any of the namings; by assignment: it ends on the CPU."""
+    """Fill `vae` strictly from a file in any of these names; by assignment: it ends on the CPU."""
     weights = to_fp32(rename_vae_weights(load_checkpoint(path)))
     load_strict(vae, weights, f"{path} does not fit this VAE in diffusers' names", assign=True)
 

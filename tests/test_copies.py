@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from support import flags
-
 ROOT = Path(__file__).resolve().parent.parent
 PATTERN = ROOT / "repa.py"
 METHODS = "repa reg haste urepa carflow gmem erw softrepa reals repavit".split()
@@ -103,6 +101,7 @@ def test_sync(tmp_path, capsys):
 @of_scripts
 def test_config(script):
     """Shared fields have the shared names and order, and every field is a flag with a help text."""
+    from support import flags  # here, so that --sync runs without the path that pytest sets
     config = importlib.import_module(script.stem).Config
     names = [field.name for field in fields(config)]
     assert [n for n in names if n in SHARED_FIELDS] == [n for n in SHARED_FIELDS if n in names]
