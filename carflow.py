@@ -48,8 +48,9 @@ from support.checkpoints import load_strict, load_weights, restore, save_run, si
 from support.dataset import PreparedData, clean_input, micro_batches, open_data, step_draws
 from support.flags import AMOUNT, COUNT, parse
 from support.line import STD, Flows1D, distances, draw_paths, measured_draws, velocity_errors
+from support.log import Log
 from support.runs import (
-    Log,
+    DDP_OPTIONS,
     announce,
     catch_stop,
     clear_errors,
@@ -305,9 +306,7 @@ def parallelise(model, cfg, run):
     compile_blocks(model, cfg)
     if run.world == 1:
         return model
-    # Buffers are constants or kept per rank, so DDP need not send rank 0's at every forward pass.
-    return nn.parallel.DistributedDataParallel(
-        model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model, **DDP_OPTIONS)
 
 
 def optimizer_step(optimizer, parameters, max_grad_norm):

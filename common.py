@@ -90,7 +90,7 @@ class FP32Sequential(nn.Sequential):
 
 
 class PatchEmbed(nn.Module):
-    """Image (B,C,H,W) to patch tokens (B,N,D), row by row."""
+    """Image (B,C,H,W) to patch tokens (B,N,D), row by row; all blocks keep their memory layout."""
 
     def __init__(self, patch_size, in_channels, hidden_size):
         super().__init__()
@@ -99,7 +99,7 @@ class PatchEmbed(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B,D,h,w) -> (B,N,D)
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # (B,D,h,w) -> (B,N,D)
 
 
 class TimestepEmbedder(nn.Module):
@@ -425,7 +425,7 @@ def sample(model, noise, y, y_null, *, mode="ode", num_steps=50, heun=False, pat
         if mode == "ode":
             return vs
         # dx = (v - w/2 score) dt + sqrt(w) dW with w = 2t
-        t = torch.tensor(t, dtype=dtype, device=device)
+        t = torch.full((), t, dtype=dtype, device=device)  # tensor() would wait for the GPU
         return [v - t * velocity_to_score(v, x, t, path_type) for v, x in zip(vs, states)]
 
     for t, t_next in zip(times, times[1:]):

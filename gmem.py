@@ -58,8 +58,9 @@ from support.checkpoints import (
 )
 from support.dataset import clean_input, micro_batches, mix_seed, open_data, step_draws
 from support.flags import AMOUNT, BOOKKEEPING, COUNT_OR_NONE, SHARE, parse
+from support.log import Log, summary
 from support.runs import (
-    Log,
+    DDP_OPTIONS,
     announce,
     catch_stop,
     clear_errors,
@@ -69,7 +70,6 @@ from support.runs import (
     make_data,
     run_tool,
     setup,
-    summary,
     training_flops,
 )
 from support.samples import preview, sample_npz
@@ -369,9 +369,7 @@ def parallelise(model, cfg, run):
     compile_blocks(model, cfg)
     if run.world == 1:
         return model
-    # Buffers are constants or kept per rank, so DDP need not send rank 0's at every forward pass.
-    return nn.parallel.DistributedDataParallel(
-        model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model, **DDP_OPTIONS)
 
 
 def optimizer_step(optimizer, parameters, max_grad_norm):

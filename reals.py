@@ -57,9 +57,10 @@ from common import init_linear, projector
 from support.checkpoints import load_checkpoint, restore, save_run
 from support.dataset import images_to_input, micro_batches, mix_seed, open_data, step_draws
 from support.flags import BOOKKEEPING, parse
+from support.log import Log
 from support.lpips import PatchDiscriminator, hinge_loss, load_lpips, ridge_probe
 from support.runs import (
-    Log,
+    DDP_OPTIONS,
     announce,
     catch_stop,
     clear_errors,
@@ -263,9 +264,7 @@ def parallelise(model, cfg, run):
     compile_blocks(model, cfg)
     if run.world == 1:
         return model
-    # Buffers are constants or kept per rank, so DDP need not send rank 0's at every forward pass.
-    return nn.parallel.DistributedDataParallel(
-        model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model, **DDP_OPTIONS)
 
 
 def optimizer_step(optimizer, parameters, max_grad_norm):

@@ -57,19 +57,18 @@ from common import (
 from support.checkpoints import load_weights, restore, save_run, sit_from_weights
 from support.dataset import PreparedData, clean_input, micro_batches, open_data, step_draws
 from support.flags import BOOKKEEPING, POSITIVE, parse
+from support.log import Log, last_line, summary
 from support.runs import (
-    Log,
+    DDP_OPTIONS,
     announce,
     catch_stop,
     clear_errors,
     compile_blocks,
     end_run,
     example_inputs,
-    last_line,
     make_data,
     run_tool,
     setup,
-    summary,
     training_flops,
 )
 from support.samples import generate_npz, preview
@@ -261,9 +260,7 @@ def parallelise(model, cfg, run):
     compile_blocks(model, cfg)
     if run.world == 1:
         return model
-    # Buffers are constants or kept per rank, so DDP need not send rank 0's at every forward pass.
-    return nn.parallel.DistributedDataParallel(
-        model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model, **DDP_OPTIONS)
 
 
 def optimizer_step(optimizer, parameters, max_grad_norm):

@@ -40,8 +40,9 @@ from common import SIT_SIZES, SiT, init_linear, interpolate, lognormal_time, pro
 from support.checkpoints import load_weights, restore, save_run, sit_from_weights
 from support.dataset import clean_input, micro_batches, open_data, step_draws
 from support.flags import parse
+from support.log import Log, summary
 from support.runs import (
-    Log,
+    DDP_OPTIONS,
     announce,
     catch_stop,
     clear_errors,
@@ -51,7 +52,6 @@ from support.runs import (
     make_data,
     run_tool,
     setup,
-    summary,
     training_flops,
 )
 from support.samples import generate_npz, preview
@@ -191,9 +191,7 @@ def parallelise(model, cfg, run):
     compile_blocks(model, cfg)
     if run.world == 1:
         return model
-    # Buffers are constants or kept per rank, so DDP need not send rank 0's at every forward pass.
-    return nn.parallel.DistributedDataParallel(
-        model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model, **DDP_OPTIONS)
 
 
 def optimizer_step(optimizer, parameters, max_grad_norm):

@@ -58,8 +58,9 @@ from support.checkpoints import load_checkpoint, load_strict, restore, save_chec
 from support.dataset import mix_seed, step_draws
 from support.flags import BOOKKEEPING, parse
 from support.images import Images, accuracy, augmented_batches, images_for, save_by_class
+from support.log import Log
 from support.runs import (
-    Log,
+    DDP_OPTIONS,
     announce,
     catch_stop,
     clear_errors,
@@ -67,6 +68,7 @@ from support.runs import (
     end_run,
     make_data,
     setup,
+    skip_where_not_finite,
 )
 from support.terminal import fail, make_folder, say
 from support.vit import ViT, add_branch, images_per_second, multiply_adds, random_images, say_costs
@@ -305,9 +307,7 @@ def parallelise(model, cfg, run):
     compile_blocks(model, cfg)
     if run.world == 1:
         return model
-    # Buffers are constants or kept per rank, so DDP need not send rank 0's at every forward pass.
-    return nn.parallel.DistributedDataParallel(
-        model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model, **DDP_OPTIONS)
 
 
 def optimizer_step(optimizer, parameters, max_grad_norm):
@@ -356,12 +356,6 @@ def init_from(path, model):
     return []
 
 
-def skip_bad_update(optimizer, *_):
-    """LAMB does not know found_inf, but without gradients it updates nothing."""
-    if optimizer.found_inf:  # waits for the device, once a step
-        optimizer.zero_grad()
-
-
 def build(cfg, data, run):
     """The model on this rank's device, and its optimiser: timm's LAMB."""
     from timm.optim import create_optimizer_v2
@@ -380,7 +374,7 @@ def build(cfg, data, run):
     # Vectors, positions and class token have no decay and no layer-wise rate; the step clips.
     optimizer = create_optimizer_v2(
         model, "lamb", cfg.learning_rate, cfg.weight_decay, eps=1e-8, max_grad_norm=None)
-    optimizer.register_step_pre_hook(skip_bad_update)
+    optimizer.register_step_pre_hook(skip_where_not_finite)
     return model, optimizer
 
 

@@ -51,9 +51,9 @@ from common import interpolate, sample
 from support.checkpoints import load_checkpoint, open_run, save_run
 from support.dataset import CaptionedData, clean_input, micro_batches, step_draws
 from support.flags import AMOUNT, BOOKKEEPING, COUNT, COUNT_OR_NONE, parse
+from support.log import Log
 from support.pairs import recognise
 from support.runs import (
-    Log,
     catch_stop,
     clear_errors,
     compile_blocks,

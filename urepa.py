@@ -61,15 +61,15 @@ from common import (
 from support.checkpoints import init_from, load_strict, load_weights, restore, save_run
 from support.dataset import clean_input, micro_batches, open_data, step_draws
 from support.flags import parse
+from support.log import Log, last_line
 from support.runs import (
-    Log,
+    DDP_OPTIONS,
     announce,
     catch_stop,
     clear_errors,
     compile_blocks,
     end_run,
     example_inputs,
-    last_line,
     make_data,
     run_tool,
     setup,
@@ -193,8 +193,9 @@ def to_grid(h):
 
 def to_tokens(h):
     """(B,D,g,g) back to (B,N,D)."""
-    # Laid out in memory as a block's output is: compiled blocks tell layouts apart.
-    return h.flatten(2).mT.contiguous()
+    # As a block's output is, in layout and precision: compiled blocks tell them apart, and bf16
+    # convolutions would round the stream of tokens.
+    return h.flatten(2).mT.float().contiguous()
 
 
 class SiTDown(nn.Module):
@@ -370,9 +371,7 @@ def parallelise(model, cfg, run):
     compile_blocks(model, cfg)
     if run.world == 1:
         return model
-    # Buffers are constants or kept per rank, so DDP need not send rank 0's at every forward pass.
-    return nn.parallel.DistributedDataParallel(
-        model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model, **DDP_OPTIONS)
 
 
 def optimizer_step(optimizer, parameters, max_grad_norm):

@@ -305,5 +305,5 @@ def clean_input(batch, meta, noise):
     if "moments" not in batch:
         return images_to_input(batch["images"])
     mean, std = batch["moments"].float().chunk(2, dim=1)  # (B,2C,h,w) -> twice (B,C,h,w)
-    scale, shift = latent_affine(meta, noise.device)
+    scale, shift = latent_affine(meta, mean.device)
     return (mean + std * noise) * scale + shift

@@ -1,13 +1,13 @@
-"""Around a training loop: this rank, the beginning and the end of a run, the log, the tools."""
+"""Around a training loop: this rank, the beginning and the end of a run, the tools."""
 import contextlib
-import datetime
 import functools
+import importlib.util
+import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,13 +18,12 @@ import torch
 import torch.distributed.nn
 from torch import distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from common import SizeError
 from support.terminal import fail, first_line, first_rank_first, make_folder, say
-
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by the vendor
 
 
 # --------------------------------------------------------------------------------------------------
@@ -56,11 +55,35 @@ def pick_device(local_rank):
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
         return device
     if torch.backends.mps.is_available():
+        # Metal's AdamW takes no notice of found_inf.
+        register_optimizer_step_pre_hook(skip_where_not_finite)
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def skip_where_not_finite(optimizer, args, options):
+    """For optimisers that do not know found_inf: without gradients a step updates nothing.
+
+    Asking waits for the device, once a step.
+    """
+    if optimizer.found_inf:
+        optimizer.zero_grad(set_to_none=True)
+
+
+def pick_precision(cfg, device):
+    """bf16 on GPUs that compute in it, else fp32; compiled on CUDA where Triton is installed."""
+    is_cuda = device.type == "cuda"
+    if cfg.precision == "auto":
+        has_bf16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        cfg.precision = "bf16" if has_bf16 else "fp32"
+    if cfg.compile is None:
+        cfg.compile = is_cuda and importlib.util.find_spec("triton") is not None
+    if is_cuda and cfg.precision == "bf16":  # TF32 for what stays in fp32, as the official codes
+        torch.set_float32_matmul_precision("high")
+    elif is_cuda:  # fp32 is fp32
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def setup(cfg, micro_batch=None):
@@ -77,11 +100,7 @@ def setup(cfg, micro_batch=None):
     device = pick_device(local_rank)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group(process_group_backend(device))
-    is_cuda = device.type == "cuda"
-    if cfg.compile is None:
-        cfg.compile = is_cuda
-    if cfg.precision == "auto":
-        cfg.precision = "bf16" if is_cuda else "fp32"
+    pick_precision(cfg, device)
     autocast = functools.partial(
         torch.autocast, device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
     accumulation = cfg.batch_size // (world * micro_batch)
@@ -93,9 +112,19 @@ def compile_blocks(model, cfg):
     if cfg.compile:
         import torch._dynamo
         torch._dynamo.config.optimize_ddp = False  # else every gradient bucket cuts the graph
+        torch._dynamo.config.cache_size_limit = 64  # guidance, a last batch: each has a graph
         for block in model.blocks:
-            block.compile()
+            block.compile(dynamic=False)  # symbolic sizes cost speed
     return model
+
+
+# Buffers are constants or kept per rank: DDP need not send them around. Larger buckets than the
+# default of 25 MB: fewer reductions.
+DDP_OPTIONS = dict(gradient_as_bucket_view=True, bucket_cap_mb=100)
+if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:  # torch 2.14
+    DDP_OPTIONS["forward_sync_buffers"] = False
+else:
+    DDP_OPTIONS["broadcast_buffers"] = False
 
 
 # --------------------------------------------------------------------------------------------------
@@ -205,6 +234,11 @@ def clear_errors(run, memory="--micro-batch (now {}); the global batch stays the
         fail(str(error))
     except torch.OutOfMemoryError:
         fail(f"out of GPU memory: lower {memory.format(run.micro_batch)}")
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        fail(f"torch.compile failed ({first_line(error)}): install the compiler that it needs, or "
+             f"add --no-compile")
     except OSError as error:  # a full disk, most likely
         fail(f"{first_line(error)}; free some disk space, or choose another --out, and repeat the "
              f"command: it continues")
@@ -213,119 +247,6 @@ def clear_errors(run, memory="--micro-batch (now {}); the global batch stays the
     finally:
         if run.world > 1:
             dist.destroy_process_group()
-
-
-# --------------------------------------------------------------------------------------------------
-# The log
-# --------------------------------------------------------------------------------------------------
-class Log:
-    """Progress bar and log.jsonl of rank 0. Sums stay on the device: no step waits for a number."""
-
-    def __init__(self, cfg, run, first_step, flops_per_image):
-        self.cfg = cfg
-        self.run = run
-        self.path = Path(cfg.out) / "log.jsonl"
-        self.mfu_of_rate = self.utilisation_per_image(flops_per_image)
-        if run.rank == 0 and not cfg.bench:
-            self.drop_lines_after(first_step)
-        self.bar = tqdm(total=cfg.max_train_steps, initial=first_step, unit="step",
-                        disable=True if run.rank else None)
-        self.bad = torch.zeros((), device=run.device)  # steps in a row without a usable gradient
-        self.restart()
-
-    def utilisation_per_image(self, flops_per_image):
-        """Share of the GPUs' peak that one image a second takes; None where the peak is unknown."""
-        if self.run.device.type != "cuda":
-            return None
-        name = torch.cuda.get_device_name()
-        for gpu, peak in PEAK_FLOPS.items():
-            if gpu in name:
-                return flops_per_image / (self.run.world * peak)
-        return None
-
-    def drop_lines_after(self, step):
-        """A killed run may have logged beyond its last save, and its last line may be cut."""
-        if not self.path.exists():
-            return
-        lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        self.path.write_text("".join(kept))
-
-    def restart(self):
-        """Begin the sums and the clock of the next line."""
-        self.sums = 0
-        self.steps = 0
-        self.clock = time.perf_counter()
-
-    def add(self, is_finite, **terms):
-        """Add one step's scalars; what a skipped step computed is left out."""
-        self.names = list(terms)
-        values = torch.stack([*terms.values(), torch.ones_like(self.bad)])
-        self.sums = self.sums + torch.where(is_finite, values, 0)
-        self.steps += 1
-        is_unusable = ~is_finite | (terms["grad_norm"] == 0)
-        self.bad = (self.bad + 1) * is_unusable
-        self.bar.update()
-
-    @contextlib.contextmanager
-    def pause(self):
-        """What happens inside (saving, a preview) is not training time."""
-        start = time.perf_counter()
-        yield
-        self.clock += time.perf_counter() - start
-
-    def write(self, step):
-        """Reduce over ranks, once, and write a line; stop after three unusable steps in a row."""
-        values = torch.cat([self.sums, self.bad[None]]) / self.run.world
-        if self.run.world > 1:
-            dist.all_reduce(values)
-        *sums, used, bad = values.tolist()  # the only wait for the device between log points
-        seconds = (time.perf_counter() - self.clock) / self.steps
-        line = {name: value / max(used, 1) for name, value in zip(self.names, sums)}
-        line["skipped"] = self.steps - round(used)
-        line["images_per_s"] = self.cfg.batch_size / seconds
-        if self.mfu_of_rate:
-            line["mfu"] = line["images_per_s"] * self.mfu_of_rate
-        if self.run.device.type == "cuda":
-            line["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        self.show(step, line, seconds)
-        if self.run.rank == 0 and not self.cfg.bench:
-            rounded = {name: float(f"{value:.6g}") for name, value in line.items()}
-            with open(self.path, "a") as file:
-                file.write(json.dumps(dict(step=step) | rounded) + "\n")
-        if bad >= 3:
-            fail(f"no usable gradient (zero or not finite) in the last {bad:.0f} steps, at step "
-                 f"{step}; {self.cfg.out} keeps the checkpoint from before: try a lower "
-                 f"--learning-rate, or --precision fp32")
-        self.restart()
-
-    def show(self, step, line, seconds):
-        """The line after the bar, or, without a terminal, as plain text with the time left."""
-        parts = [f"{name} {value:.4g}" for name, value in line.items()
-                 if value or name != "skipped"]
-        text = ", ".join(parts)
-        self.bar.set_postfix_str(text)
-        if self.run.rank == 0 and self.bar.disable:
-            seconds_left = round(seconds * (self.cfg.max_train_steps - step))
-            left = datetime.timedelta(seconds=seconds_left)
-            print(f"step {step}/{self.cfg.max_train_steps}: {text}, {left} left", flush=True)
-
-
-def last_line(cfg):
-    """The last line of log.jsonl, a dict."""
-    return json.loads((Path(cfg.out) / "log.jsonl").read_text().splitlines()[-1])
-
-
-def summary(cfg):
-    """How training ended, in one line: for the toy's report."""
-    line = last_line(cfg)
-    text = f"velocity loss {line['loss_velocity']:.4f}"
-    if line.get("loss_proj"):
-        text += f", alignment cosine {-line['loss_proj']:.3f}"
-    text += f" at step {line['step']}"
-    if cfg.preview_every > 0:
-        text += f"; look at {cfg.out}/preview-{line['step']}.png, a row per class"
-    return text
 
 
 # --------------------------------------------------------------------------------------------------

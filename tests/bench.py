@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import common  # noqa: E402
-from support import runs, teachers  # noqa: E402
+from support import log, runs, teachers  # noqa: E402
 from support.dataset import image_randn  # noqa: E402
 
 IS_CUDA = torch.cuda.is_available()
@@ -112,16 +112,16 @@ def bench_training(name, flags):
     """The script's --bench run by parts: a table, and the figures that follow from it."""
     script, watch, counted, noted = importlib.import_module(name), Stopwatch(), {}, {}
     loss = f"{name}_loss"
-    teacher_forward, update_ema, setup = teachers.Teacher.forward, script.update_ema, script.setup
+    update_ema, setup = script.update_ema, script.setup
+    teacher_class = getattr(script, "AttentionTeacher", teachers.Teacher)  # what the loop calls
     training_flops, micro_batches = script.training_flops, script.micro_batches
 
-    def counting(teacher, images):  # the FLOPs of the first call; then only the time
-        if "teacher" in counted:
-            return watch.wrap("teacher", teacher_forward)(teacher, images)
-        with runs.flop_counter() as counter:
-            result = teacher_forward(teacher, images)
-        counted["teacher"] = counter.get_total_flops() / len(images)
-        return result
+    def counting(teacher, images):  # around the compiled region: inside, every call would be another graph
+        if "teacher" not in counted:
+            with runs.flop_counter() as counter:
+                teacher_class.forward(teacher, images)
+            counted["teacher"] = counter.get_total_flops() / len(images)
+        return watch.wrap("teacher", torch.nn.Module.__call__)(teacher, images)
 
     def last_of_step(*args):
         watch.wrap("optimizer, EMA", update_ema)(*args)
@@ -139,7 +139,7 @@ def bench_training(name, flags):
                    optimizer_step=watch.wrap("optimizer, EMA", script.optimizer_step), update_ema=last_of_step)
     if hasattr(script, loss):
         patches[loss] = watch.wrap("forward, loss", getattr(script, loss))
-    with mock.patch.multiple(script, **patches), mock.patch.object(teachers.Teacher, "forward", counting), \
+    with mock.patch.multiple(script, **patches), mock.patch.object(teacher_class, "__call__", counting), \
             mock.patch.object(torch.Tensor, "backward", watch.wrap("backward", torch.Tensor.backward)):
         script.main(flags)
     rows = watch.table(max(1, len(watch.steps) // 3))
@@ -147,7 +147,7 @@ def bench_training(name, flags):
     rate = cfg.batch_size / step
     bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and IS_CUDA
     matrix = matrix_rate(torch.bfloat16 if bf16 else torch.float32, 8192 if IS_CUDA else 2048)
-    peak = next((p for gpu, p in runs.PEAK_FLOPS.items() if IS_CUDA and gpu in torch.cuda.get_device_name()), None)
+    peak = next((p for gpu, p in log.PEAK_FLOPS.items() if IS_CUDA and gpu in torch.cuda.get_device_name()), None)
     student, all_flops = counted["student"], sum(counted.values())
     print(f"{rate:.4g} images/s; {student / 1e9:.4g} GFLOP an image, with the teacher {all_flops / 1e9:.4g}; "
           + (f"MFU {student * rate / peak:.1%}; " if peak else "")

@@ -315,7 +315,7 @@ def test_compiled_blocks_share_one_graph_in_both_phases(data, tmp_path, monkeypa
     from torch._dynamo.testing import CompileCounterWithBackend
     counter, compile_module = CompileCounterWithBackend("eager"), torch.nn.Module.compile
     torch._dynamo.reset()
-    monkeypatch.setattr(common.SiTBlock, "compile", lambda block: compile_module(block, backend=counter))
+    monkeypatch.setattr(common.SiTBlock, "compile", lambda block, dynamic: compile_module(block, backend=counter))
     monkeypatch.setattr(Teacher, "compile", lambda teacher: None)
     flags = ["--warmup-steps", 2, "--use-rope", "always"]
     erw.main(command(data, tmp_path / "compiled", 4, *flags, "--compile"))

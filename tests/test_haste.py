@@ -547,7 +547,7 @@ def test_compiled_blocks_have_two_graphs(data, tmp_path, monkeypatch):
     plain, with_logits = CompileCounterWithBackend("aot_eager"), CompileCounterWithBackend("aot_eager")
     compile_module, compile_function = nn.Module.compile, torch.compile
     torch._dynamo.reset()
-    monkeypatch.setattr(SiTBlock, "compile", lambda block: compile_module(block, backend=plain))
+    monkeypatch.setattr(SiTBlock, "compile", lambda block, dynamic: compile_module(block, backend=plain))
     monkeypatch.setattr(AttentionTeacher, "compile", lambda teacher: compile_module(teacher, backend="aot_eager"))
     monkeypatch.setattr(torch, "compile", lambda function, backend=with_logits: compile_function(
         function, backend=backend))

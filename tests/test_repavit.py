@@ -574,7 +574,7 @@ def test_bfloat16_trains(data, tmp_path):
 
 def test_compiled_blocks_compute_the_same(data, tmp_path, monkeypatch):
     compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))
+    monkeypatch.setattr(nn.Module, "compile", lambda module, dynamic: compile_module(module, backend="aot_eager"))
     runs = [record(flags(data, tmp_path / name, 3, flag), script="repavit")
             for name, flag in (("compiled", "--compile"), ("eager", "--no-compile"))]
     for a, b in zip(runs[0]["gradients"], runs[1]["gradients"], strict=True):

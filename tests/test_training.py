@@ -505,7 +505,8 @@ def compiled_run(data, out, begun, monkeypatch, backend):
     from torch._dynamo.testing import CompileCounterWithBackend
     counter, compile_module = CompileCounterWithBackend(backend), torch.nn.Module.compile
     torch._dynamo.reset()
-    monkeypatch.setattr(common.SiTBlock, "compile", lambda block: compile_module(block, backend=counter))
+    monkeypatch.setattr(common.SiTBlock, "compile",
+                        lambda block, dynamic: compile_module(block, backend=counter, dynamic=dynamic))
     monkeypatch.setattr(teachers.Teacher, "compile", lambda teacher: compile_module(teacher, backend="eager"))
     notes = record(command(data, out, 3, *gradient_flags(begun), "--compile"))
     torch._dynamo.reset()
