@@ -20,6 +20,7 @@ LATENT_SCALE = 0.18215
 SD_VAE_META = dict(vae="sd", latent_scale=LATENT_SCALE, latent_shift=0.0)
 VAE_REPOS = {"ft-mse": "stabilityai/sd-vae-ft-mse", "ft-ema": "stabilityai/sd-vae-ft-ema"}
 VAE_FILE = "diffusion_pytorch_model.safetensors"
+DECODED_AT_ONCE = 16  # images: the decoder holds 0.2 GB for one of 256 px, 0.8 GB for one of 512 px
 
 
 # --------------------------------------------------------------------------------------------------
@@ -55,8 +56,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, h):
         r = self.group_norm(h).flatten(2).mT.unsqueeze(1)  # (B,D,H,W) -> (B,1,N,D)
-        r = F.scaled_dot_product_attention(self.to_q(r), self.to_k(r), self.to_v(r))
-        r = self.to_out(r)
+        r = self.to_out(F.scaled_dot_product_attention(self.to_q(r), self.to_k(r), self.to_v(r)))
         return h + r.squeeze(1).mT.reshape(h.shape)  # (B,1,N,D) -> (B,D,H,W)
 
 
@@ -337,9 +337,6 @@ def pixels_to_uint8(x):
     return levels.permute(0, 2, 3, 1).to(torch.uint8)
 
 
-DECODED_AT_ONCE = 16  # images: the decoder holds 0.2 GB for one of 256 px, 0.8 GB for 512 px
-
-
 def load_decoder(meta, name, path, device):
     """The function x (B,C,H,W) -> images (B,H,W,3) uint8 for data as `meta` says.
 
@@ -358,8 +355,7 @@ def load_decoder(meta, name, path, device):
     scale, shift = latent_affine(meta, device)
 
     def decode(x):
-        z = (x - shift) / scale
-        parts = [pixels_to_uint8(vae.decode(part)) for part in z.split(DECODED_AT_ONCE)]
-        return torch.cat(parts)
+        parts = ((x - shift) / scale).split(DECODED_AT_ONCE)
+        return torch.cat([pixels_to_uint8(vae.decode(part)) for part in parts])
 
     return decode
