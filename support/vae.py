@@ -340,8 +340,7 @@ def pixels_to_uint8(x):
 def load_decoder(meta, name, path, device):
     """The function x (B,C,H,W) -> images (B,H,W,3) uint8 for data as `meta` says.
 
-    Latents are decoded by the VAE that made them: one trained here, SD3's, or the SD-VAE `name`;
-    `path`, if given, is its file.
+    By the VAE that made its latents: one trained here, SD3's, or the SD-VAE `name`; path: its file.
     """
     if meta["vae"] is None:
         return pixels_to_uint8
