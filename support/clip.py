@@ -5,6 +5,7 @@ with Stable Diffusion 3's file.
 """
 import math
 import re
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -20,8 +21,33 @@ MARKS = "<|startoftext|>", "<|endoftext|>"
 CLIP_LENGTH = 77  # tokens of a prompt, with the marks of its beginning and end
 CLIP_L = dict(width=768, layers=12, num_heads=12, quick_gelu=True)
 CLIP_G = dict(width=1280, layers=32, num_heads=20, project=True)
-BPE_WORDS = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
-                       r"|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
+FIXED_WORDS = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d")
+
+
+def kind_of(character):
+    """L of a letter, N of a number of any sort (also those in x², ½, Ⅳ), a space, or O."""
+    if character.isspace():
+        return " "
+    category = unicodedata.category(character)[0]
+    return category if category in "LN" else "O"
+
+
+def split_words(text):
+    """CLIP's words: marks, English endings, runs of letters, single numbers, runs of the rest."""
+    kinds = "".join(map(kind_of, text))
+    words = []
+    start = 0
+    while start < len(text):
+        kind = kinds[start]
+        end = start + 1
+        if fixed := FIXED_WORDS.match(text, start):
+            end = fixed.end()
+        elif kind in "LO":
+            end = start + len(kinds[start:]) - len(kinds[start:].lstrip(kind))
+        if kind != " ":
+            words.append(text[start:end])
+        start = end
+    return words
 
 
 class Tokenizer:
@@ -60,8 +86,9 @@ class Tokenizer:
 
     def encode(self, text):
         """The ids of a text, without marks."""
+        text = unicodedata.normalize("NFC", text)  # an accent is part of its letter
         ids = []
-        for word in BPE_WORDS.findall(" ".join(text.lower().split())):
+        for word in split_words(text.lower()):
             pieces = [word] if word in MARKS else self.split(word)
             ids += [self.ids[piece] for piece in pieces]
         return ids

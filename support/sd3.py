@@ -251,7 +251,7 @@ def read_prompts(path, sd3_ckpt, merges, device):
     The features are context (N+1,77,2048) and pooled (N+1,2048), float16.
     """
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()  # with or without a mark
     except (OSError, ValueError) as error:
         fail(f"cannot read the prompts ({first_line(error)}): give --prompts FILE, one per line")
     prompts = [line.strip() for line in lines if line.strip()]

@@ -1,12 +1,14 @@
-"""SD3's text side in common.py: the CLIP towers and the tokeniser against transformers', SD3's file and its errors."""
+"""SD3's text side: the CLIP towers and the tokeniser against transformers', SD3's file and its errors."""
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from golden_utils import Fixture, official_keys, state_shapes
-from support.clip import CLIP_G, CLIP_L, ClipText, Tokenizer, load_tokenizer
+from support.clip import CLIP_G, CLIP_L, ClipText, Tokenizer, load_tokenizer, split_words
 from support.sd3 import encode_prompts, load_sd3_text, pad_context
 from support.vae import SD3_VAE_META, AutoencoderKL, convert_ldm_vae, load_sd3_part, load_sd3_vae
 
@@ -265,3 +267,21 @@ def test_constants_of_the_latent():
     z = torch.tensor([0.0609, 1.0])
     meta = SD3_VAE_META
     torch.testing.assert_close(z * meta["latent_scale"] + meta["latent_shift"], (z - 0.0609) * 1.5305)
+
+
+MERGES_FILE = Path(os.environ.get("ALIGNMENT_TEST_DATA", "nowhere"), "clip_merges.txt")
+
+
+@pytest.mark.skipif(not MERGES_FILE.is_file(), reason="ALIGNMENT_TEST_DATA names no folder with clip_merges.txt")
+@pytest.mark.parametrize("group", ["texts", "nfd"])
+def test_real_text_with_clips_merges(group):
+    """Ids by a public tokeniser (open_clip): also numbers that are not digits, and accents apart from their letter."""
+    saved = json.loads((Path(__file__).parent / "golden/clip_bpe_real.json").read_text())
+    tokenizer = load_tokenizer(str(MERGES_FILE))
+    assert len(saved[group]) >= 3
+    assert [text for text, ids in saved[group] if tokenizer.encode(text) != ids] == []
+
+
+def test_words():
+    assert split_words("it's x\u00b2, \u00bd \u2163!! don't_") == [
+        "it", "'s", "x", "\u00b2", ",", "\u00bd", "\u2163", "!!", "don", "'t", "_"]

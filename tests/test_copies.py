@@ -126,7 +126,7 @@ def test_every_fixture_is_used():
     fixtures = {path.stem for path in (ROOT / "tests/golden").iterdir()}
     assert {"sit", "repa"} <= fixtures
     # Fixture("sit"), "tests/golden/preprocess.pt", official_keys(...)
-    forms = '("{}")', "/{}.pt", "{}("
+    forms = '("{}")', "/{}.pt", "{}(", "/{}.json"
     unused = [name for name in sorted(fixtures)
               if not any(form.format(name) in tests for form in forms)]
     assert unused == []
