@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.terminal import fail, first_line
+from support.terminal import STOP_SIGNALS, fail, first_line
 
 FORMAT = 1
 
@@ -271,9 +271,10 @@ def micro_batches(data, seed, batch_size, run, first_step=0, workers=0):
 
 
 def outlive_signals(worker):
-    """Ctrl-C and Slurm reach every process of a job: data workers live until the step is saved."""
+    """A signal reaches every process of a job: data workers live until the step is saved."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, frame: signal.alarm(30))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Around a training loop: this rank, the beginning and the end of a run, the tools."""
 import contextlib
+import errno
 import functools
 import importlib.util
 import inspect
@@ -23,7 +24,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import SizeError
-from support.terminal import fail, first_line, first_rank_first, make_folder, say
+from support.terminal import (
+    STOP_SIGNALS,
+    fail,
+    first_line,
+    first_rank_first,
+    make_folder,
+    say,
+)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -88,6 +96,10 @@ def pick_precision(cfg, device):
 
 def setup(cfg, micro_batch=None):
     """This rank's place, device and precision. micro_batch: in place of cfg.micro_batch."""
+    tasks = int(os.environ.get("SLURM_NTASKS", 1))
+    if tasks > 1 and "RANK" not in os.environ:
+        fail(f"Slurm started {tasks} tasks, and each would be rank 0 of 1: start it by torchrun, "
+             f"one task a node (the README shows how)")
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -186,7 +198,7 @@ def write_config(cfg, run):
 # What ends a run
 # --------------------------------------------------------------------------------------------------
 def catch_stop(run):
-    """stop(step): the signal (Ctrl-C, SIGTERM) that reached any rank, or 0.
+    """stop(step): the signal (one of STOP_SIGNALS) that reached any rank, or 0.
 
     All ranks must leave at the same step, so they compare at every tenth step.
     """
@@ -205,8 +217,9 @@ def catch_stop(run):
         dist.all_reduce(signal_number, op=dist.ReduceOp.MAX)
         return int(signal_number)
 
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has a run outlive its terminal
+            signal.signal(number, handle)
     return stop
 
 
@@ -218,11 +231,30 @@ def end_run(cfg, run, log, step, stopping):
     log.bar.close()
     if run.world > 1:
         dist.barrier()  # until rank 0 has saved: what follows reads its files
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if stopping:
         say(f"stopped at step {step}, saved in {cfg.out}/last.pt; the same command continues")
         raise SystemExit(128 + stopping)
+
+
+def fail_on_this_rank(message):
+    """Stop with one line about what happened to one rank alone, which says so, whichever it is."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        message = f"rank {os.environ['RANK']}: {message}"
+    raise SystemExit(f"error: {message}")
+
+
+def remedy_for(error):
+    """What a user can do about an OSError, to be said after it; nothing where nobody knows."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return ("; free some disk space, or choose another --out, and repeat the command: it "
+                "continues")
+    if error.errno == errno.EMFILE:
+        return "; raise the limit (ulimit -n), or lower --workers"
+    return ""
 
 
 @contextlib.contextmanager
@@ -233,15 +265,16 @@ def clear_errors(run, memory="--micro-batch (now {}); the global batch stays the
     except SizeError as error:
         fail(str(error))
     except torch.OutOfMemoryError:
-        fail(f"out of GPU memory: lower {memory.format(run.micro_batch)}")
+        fail_on_this_rank(f"out of GPU memory: lower {memory.format(run.micro_batch)}")
     except RuntimeError as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
-        fail(f"torch.compile failed ({first_line(error)}): install the compiler that it needs, or "
-             f"add --no-compile")
-    except OSError as error:  # a full disk, most likely
-        fail(f"{first_line(error)}; free some disk space, or choose another --out, and repeat the "
-             f"command: it continues")
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            fail_on_this_rank(f"torch.compile failed ({first_line(error)}): install the compiler "
+                              f"that it needs, or add --no-compile")
+        if run.world > 1 and (isinstance(error, dist.DistError) or "by peer" in str(error)):
+            fail_on_this_rank("ends because another rank is gone, whose line says why")
+        raise
+    except OSError as error:
+        fail_on_this_rank(f"{first_line(error)}{remedy_for(error)}")
     except KeyboardInterrupt:
         fail("interrupted")
     finally:

@@ -1,10 +1,16 @@
-"""What is said to the user: one-line errors, lines above a bar, ranks in turn, downloads."""
+"""Between program and user: one-line errors, lines, signals, ranks in turn, downloads."""
 import contextlib
 import os
+import signal
 from pathlib import Path
 
 from torch import distributed as dist
 from tqdm import tqdm
+
+# Ctrl-C, Slurm and kill, a terminal that closes, and Slurm's warning before its time limit; Windows
+# knows the first two.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+                if hasattr(signal, name)]
 
 
 def fail(message):

@@ -362,8 +362,9 @@ def send_to_group(process):
 
 
 @pytest.mark.parametrize("number, send, workers",
-                         [(signal.SIGINT, sender(signal.SIGINT), 0), (signal.SIGTERM, send_to_group, 2)],
-                         ids=["ctrl-c", "sigterm to the group"])
+                         [(signal.SIGINT, sender(signal.SIGINT), 0), (signal.SIGTERM, send_to_group, 2),
+                          (signal.SIGHUP, sender(signal.SIGHUP), 0), (signal.SIGUSR1, sender(signal.SIGUSR1), 0)],
+                         ids=["ctrl-c", "sigterm to the group", "a closed terminal", "slurm's warning"])
 def test_a_stop_signal_saves_and_says_how_to_go_on(data, tmp_path, unbroken, number, send, workers):
     out = tmp_path / "run"
     args = command(data, out, STEPS, "--workers", workers)
