@@ -25,6 +25,7 @@ def backends_by_device(name, backend):
     accelerator = torch.device(name) if name else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.accelerator, "current_accelerator", lambda *args, **options: accelerator)
+        patch.setattr(torch._C, "_get_accelerator", lambda *args: accelerator or torch.device("cpu"))  # torch 2.6
         return BackendConfig(dist.Backend(backend or "undefined")).get_device_backend_map()
 
 
