@@ -5,13 +5,12 @@ import sys
 
 import pytest
 
-from test_copies import ROOT
+from test_copies import METHODS, ROOT
 from test_training import child_env
 
 # Of a toy's last third, the mean of these. Seeds differ by 3 %, other versions and threads no more.
 LOSSES = dict(reals="mse", softrepa="error", repavit="loss", carflow="loss")
 NEAR = 0.1
-NAMES = sorted(path.stem for path in (ROOT / "docs/curves").glob("*.jsonl"))
 
 
 def mean_loss(name, text):
@@ -22,7 +21,7 @@ def mean_loss(name, text):
     return sum(values) / len(values)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_there_is_a_whole_curve(name):
     lines = (ROOT / f"docs/curves/{name}.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
@@ -31,7 +30,7 @@ def test_there_is_a_whole_curve(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_fresh_toy_stays_near_its_curve(name, tmp_path):
     done = subprocess.run([sys.executable, ROOT / f"{name}.py"], cwd=tmp_path, env=child_env(), capture_output=True,
                           text=True)
